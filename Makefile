@@ -1,0 +1,28 @@
+# make demo: make the demo data set, pre-train on it, measure, show.  make test: run the tests.  Both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/ready
+	$(RUN) -m datasets.demo --root data/demo
+	$(RUN) main-ssl.py configs/demo/xid.yaml
+	$(RUN) -m utils.report demo --out demo.png configs/demo/xid.yaml
+
+test: $(VENV)/ready lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,64 @@
+"""Losses of the pre-training methods. `build_criterion` makes one from the YAML's `loss` part."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from criterions.rince import RINCE
+from criterions.vicreg import VICLoss
+from criterions.xid import q_schedule, xID
+from utils.errors import UserError
+
+__all__ = ["CRITERIONS", "RINCE", "VICLoss", "build_criterion", "q_schedule", "xID"]
+
+CRITERIONS = {"xID": xID, "VICLoss": VICLoss}
+
+
+def build_criterion(
+    cfg: Mapping[str, Any],
+    num_instances: int | None = None,
+    embedding_dim: int | None = None,
+    device: torch.device | str | None = None,
+    num_epochs: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Build the loss that the `loss` part of a pre-training YAML describes.
+
+    Args:
+        cfg: `name` (a key of `CRITERIONS`) and `args`, the keywords of that class. `args.checkpoint` is not read here:
+            loading a bank is up to the script.
+        num_instances: rows of xID's memory bank, in place of the YAML's; VICLoss has no use for it.
+        embedding_dim: columns of xID's memory bank, the model's `out_dim`; VICLoss has no use for it.
+        device: where the memory bank lies; None: the CPU.
+        num_epochs: for xID's schedule of q; None: q stays as it is, unless a call gives another.
+        seed: of xID's memory bank and negatives; the same on every rank.
+
+    Raises:
+        UserError: an unknown name or key, or a missing one.
+    """
+    name = cfg.get("name")
+    if name not in CRITERIONS:
+        raise UserError(f"loss.name: unknown {name!r}; {_allowed(name, CRITERIONS)}")
+    args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
+    if name == "xID":
+        sizes = {"num_instances": num_instances, "embedding_dim": embedding_dim}
+        args |= {key: value for key, value in sizes.items() if value is not None}
+        args |= {"num_epochs": num_epochs, "seed": seed}
+    known = inspect.signature(CRITERIONS[name]).parameters
+    for key in args:
+        if key not in known:
+            raise UserError(f"loss.args.{key}: unknown key for {name}; {_allowed(key, known)}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and args.get(key) is None:
+            raise UserError(f"loss.args.{key}: missing, {name} needs a number; add it to the YAML")
+    return CRITERIONS[name](**args).to(device or "cpu")
+
+
+def _allowed(name: object, options: Iterable[str]) -> str:
+    options = list(options)
+    nearest = difflib.get_close_matches(str(name), options, n=1)
+    return f"use {', '.join(options)}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

@@ -1,0 +1,142 @@
+"""The memory bank: one video and one audio vector for each training video, and the negatives drawn from it."""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.distributed import gather, rank, world_size
+from utils.errors import UserError
+
+BUFFERS = {"video": "view1_mem", "audio": "view2_mem"}
+
+
+class MemoryBank(nn.Module):
+    """Unit vectors `view1_mem` (video) and `view2_mem` (audio), `(num_instances, embedding_dim)`; random at first.
+
+    What is random here depends on `seed` and on the number of draws made so far alone. That number travels in the
+    state dict, so a resumed run goes on with the draws of an uninterrupted one; a state dict without it (published
+    checkpoints) loads and leaves it as it is. Draws are made for the whole batch, of which a rank takes its rows, so W
+    processes with N rows each draw what one process with W * N rows does. Every rank must come with the same N.
+
+    Args:
+        num_instances: training videos, at least 2.
+        embedding_dim: D.
+        seed: of the first vectors and of all draws; the same on every rank.
+
+    Raises:
+        UserError: fewer than 2 instances.
+    """
+
+    def __init__(self, num_instances: int, embedding_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        if num_instances < 2:
+            raise UserError(
+                f"memory bank: num_instances: expected at least 2 (a query and a negative), found {num_instances}; "
+                "train on more videos"
+            )
+        self.num_instances = num_instances
+        self.seed = seed
+        self._draws = {"train": 0, "eval": 0}
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same vectors whatever the device
+        for name in BUFFERS.values():
+            rows = torch.randn(num_instances, embedding_dim, generator=generator)
+            self.register_buffer(name, F.normalize(rows, dim=1))
+        self.register_load_state_dict_pre_hook(_keep_missing_draws)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.num_instances} instances, {self.view1_mem.shape[1]} dimensions"
+
+    def rows(self, bank: str) -> torch.Tensor:
+        """All vectors `(num_instances, D)` of the `'video'` or the `'audio'` bank."""
+        return getattr(self, BUFFERS[bank])
+
+    def sample_negatives(self, index: torch.Tensor, k: int) -> torch.Tensor:
+        """Draw `(N, k)` instances for the queries `index` (N,): uniform, with replacement, never the row's own."""
+        others = self._draw_int(self._generator(), self.num_instances - 1, len(index), k)
+        return others + (others >= index[:, None])
+
+    @torch.no_grad()
+    def sample_hard_negatives(self, emb: torch.Tensor, index: torch.Tensor, k: int, bank: str) -> torch.Tensor:
+        """The `(N, k)` rows of `bank` nearest to the unit queries `emb` (N, D), nearest first, their own excluded.
+
+        Raises:
+            UserError: there are fewer than k other rows.
+        """
+        if k >= self.num_instances:
+            raise UserError(
+                f"memory bank: expected fewer hard negatives than num_instances = {self.num_instances}, found {k}; "
+                "lower loss.args.N_hard"
+            )
+        rows = self.rows(bank)
+        similarity = emb.to(rows.dtype) @ rows.T
+        return similarity.scatter_(1, index[:, None], -torch.inf).topk(k, dim=1).indices
+
+    @torch.no_grad()
+    def synthetic_negatives(
+        self, emb: torch.Tensor, index: torch.Tensor, bank: str, num_hard: int, s: int, s_prime: int
+    ) -> torch.Tensor:
+        """Unit vectors `(N, s + s_prime, D)` mixed from each query's `num_hard` nearest rows of `bank`.
+
+        The first `s` mix two of those rows, by a coefficient in (0, 1); the others mix the query with one of them, the
+        query's share in (0, 0.5). No gradient flows through a mix, not through the query's share either. Kalantidis et
+        al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), NeurIPS 2020.
+        """
+        hard = self.sample_hard_negatives(emb, index, num_hard, bank)
+        rows, generator, n = self.rows(bank), self._generator(), len(index)
+        one = self._draw_int(generator, num_hard, n, s)
+        step = 1 + self._draw_int(generator, max(1, num_hard - 1), n, s)
+        other = (one + step) % num_hard  # never the same row twice, where there are two
+        coefficient = self._draw_uniform(generator, n, s)
+        pairs = torch.lerp(rows[hard.gather(1, other)], rows[hard.gather(1, one)], coefficient)
+        one = self._draw_int(generator, num_hard, n, s_prime)
+        share = 0.5 * self._draw_uniform(generator, n, s_prime)
+        with_query = torch.lerp(rows[hard.gather(1, one)], emb[:, None].to(rows.dtype), share)
+        return F.normalize(torch.cat([pairs, with_query], dim=1), dim=-1)
+
+    @torch.no_grad()
+    def update(self, index: torch.Tensor, video_emb: torch.Tensor, audio_emb: torch.Tensor, momentum: float) -> None:
+        """Rows `index` (N,) of all ranks become normalise(momentum * old + (1 - momentum) * new), new the unit (N, D).
+
+        Where an instance comes more than once, its new vectors are averaged first. Free of host syncs.
+        """
+        index = gather(index)
+        same = (index[:, None] == index).double()  # float64: the average does not depend on the order, nor on TF32
+        first = same.argmax(dim=1)  # duplicates write the very same bits, so that it does not matter who writes last
+        for bank, emb in (("video", video_emb), ("audio", audio_emb)):
+            rows = self.rows(bank)
+            new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(rows.dtype)
+            mixed = F.normalize(momentum * rows[index] + (1 - momentum) * new, dim=1)
+            rows.index_copy_(0, index, mixed[first])
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The number of draws made in training and in eval mode, for the state dict."""
+        return torch.tensor([self._draws["train"], self._draws["eval"]])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on from the numbers of draws in a state dict."""
+        self._draws["train"], self._draws["eval"] = state.tolist()
+
+    def _generator(self) -> torch.Generator:
+        """A generator for the next draw. Seeded on the host: a step costs no sync, and the state is one number."""
+        mode = "train" if self.training else "eval"
+        digest = hashlib.blake2b(f"{self.seed} {mode} {self._draws[mode]}".encode(), digest_size=7).digest()
+        self._draws[mode] += 1
+        return torch.Generator(self.view1_mem.device).manual_seed(int.from_bytes(digest, "big"))
+
+    def _draw_int(self, generator: torch.Generator, high: int, n: int, k: int) -> torch.Tensor:
+        """This rank's (n, k) whole numbers in [0, high), of those drawn for the whole batch."""
+        shape = (world_size() * n, k)
+        draws = torch.randint(high, shape, generator=generator, device=generator.device)
+        return draws[rank() * n : (rank() + 1) * n]
+
+    def _draw_uniform(self, generator: torch.Generator, n: int, k: int) -> torch.Tensor:
+        """This rank's (n, k, 1) numbers in [0, 1), of those drawn for the whole batch."""
+        draws = torch.rand(world_size() * n, k, 1, generator=generator, device=generator.device)
+        return draws[rank() * n : (rank() + 1) * n].to(self.view1_mem.dtype)
+
+
+def _keep_missing_draws(bank: MemoryBank, state_dict: dict, prefix: str, *_: object) -> None:
+    state_dict.setdefault(f"{prefix}_extra_state", bank.get_extra_state())

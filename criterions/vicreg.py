@@ -1,0 +1,73 @@
+"""VICReg: Bardes, Ponce and LeCun, "VICReg: Variance-Invariance-Covariance Regularization", ICLR 2022."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from criterions.stats import spread
+from utils.distributed import gather_with_grad, world_size
+from utils.errors import UserError
+
+
+class VICLoss(nn.Module):
+    """sim_coeff * sim + std_coeff * std + cov_coeff * cov (eq. 6 of the paper), with
+
+        sim: the mean squared difference of x and y, of the rank's batch                            (eq. 5)
+        std: the mean over dimensions of relu(1 - sqrt(var + 1e-4)), averaged over x and y          (eq. 1)
+        cov: the sum of squared off-diagonal covariances / D, of x plus of y                        (eqs. 3 and 4)
+
+    Variance and covariance are those of the batch over all ranks, by n - 1. Each is counted on every rank: the mean
+    over ranks of the loss, and of its gradients as DDP takes it, are those of one process with the whole batch.
+    Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
+    device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` (mean cosine of
+    x with its y) and `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere).
+    """
+
+    def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0) -> None:
+        super().__init__()
+        self.sim_coeff = sim_coeff
+        self.std_coeff = std_coeff
+        self.cov_coeff = cov_coeff
+        self.stats: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The rank's loss of embeddings x and y (N, D), a scalar. Every rank must come with the same N.
+
+        Raises:
+            UserError: only one row over all ranks, which has no variance.
+        """
+        if len(x) * world_size() < 2:
+            raise UserError(
+                "VICLoss: expected a batch of at least 2 over all processes, found 1; raise dataset.batch_size"
+            )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = x.to(dtype), y.to(dtype)
+            std_x, cov_x = _variance_and_covariance_terms(gather_with_grad(x))
+            std_y, cov_y = _variance_and_covariance_terms(gather_with_grad(y))
+            sim, std, cov = F.mse_loss(x, y), (std_x + std_y) / 2, cov_x + cov_y
+            self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(x, y)}
+            return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff * cov
+
+
+def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hinge on standard deviations and the off-diagonal covariances' sum of squares / D, of a batch (n, D)."""
+    n, dim = z.shape
+    z = z - z.mean(dim=0)
+    variance = z.square().sum(dim=0) / (n - 1)
+    hinge = F.relu(1 - torch.sqrt(variance + 1e-4)).mean()
+    if n < dim:
+        # Z'Z and ZZ' have the same sum of squares: n x n numbers in place of D x D. Having at most n - 1 eigenvalues,
+        # the covariance keeps enough off its diagonal for the difference not to lose digits.
+        off_diagonal = (z @ z.T / (n - 1)).square().sum() - variance.square().sum()
+    else:
+        covariance = z.T @ z / (n - 1)
+        covariance.diagonal().zero_()
+        off_diagonal = covariance.square().sum()
+    return hinge, off_diagonal / dim
+
+
+@torch.no_grad()
+def _measure(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    return {"pos_cos": (x * y).sum(dim=1).mean(), "video_spread": spread(x), "audio_spread": spread(y)}

@@ -1,0 +1,154 @@
+"""Cross-modal instance discrimination with a memory bank.
+
+Morgado, Vasconcelos and Misra, "Audio-Visual Instance Discrimination with Cross-Modal Agreement", CVPR 2021, with RINCE
+in place of its NCE loss and, if asked for, the hard negatives of MoCHi.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from criterions.memory_bank import MemoryBank
+from criterions.rince import RINCE
+from criterions.stats import spread
+from utils.errors import UserError
+
+
+def q_schedule(epoch: int, num_epochs: int, q0: float, q_max: float) -> float:
+    """RINCE's q in `epoch` (from 0 on): a line from `q0` in the first epoch to `q_max` in the last."""
+    return q0 + epoch * (q_max - q0) / max(1, num_epochs - 1)
+
+
+class xID(nn.Module):  # noqa: N801 (the name in the YAML)
+    """A video's embedding against the audio bank and its sound's against the video bank, the mean of both losses.
+
+    The positive is the instance's own row, the negatives are `num_negatives` random other rows, the same for both
+    directions. After scoring, in training mode, the rows of the batch over all ranks take in the new embeddings.
+    Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
+    device: `pos_cos` and `neg_cos`, the mean cosine of queries with positive and with random negative rows (both
+    directions), and `video_spread`, `audio_spread` of the rank's batch (0 collapsed, 1 uniform on the sphere).
+
+    Args:
+        num_instances: rows of the bank, one a training video.
+        embedding_dim: D.
+        num_negatives: random negatives a query.
+        q: RINCE's q; the first epoch's if `num_epochs` is given.
+        lam: RINCE's lambda.
+        momentum: the old vector's share in a row's update.
+        hard_neg_epoch: the first epoch with hard negatives.
+        N_hard: nearest rows of which hard negatives are mixed; None or 0: no hard negatives, whatever `s`, `s_prime`.
+        s: hard negatives a query that mix two of these rows.
+        s_prime: hard negatives a query that mix the query with one of them.
+        temperature: by which cosines are divided.
+        q_max: q of the last epoch; matters only with `num_epochs`.
+        num_epochs: epochs of the run; None: q stays as it is.
+        seed: of the bank's first vectors and of the negatives; the same on every rank.
+
+    Raises:
+        UserError: fewer than 2 instances, `N_hard` not below `num_instances`, or `q` or `lam` out of range.
+    """
+
+    def __init__(
+        self,
+        num_instances: int,
+        embedding_dim: int,
+        num_negatives: int = 1024,
+        q: float = 0.001,
+        lam: float = 0.01,
+        momentum: float = 0.5,
+        hard_neg_epoch: int = 10,
+        N_hard: int | None = None,
+        s: int = 512,
+        s_prime: int = 128,
+        temperature: float = 0.07,
+        q_max: float = 0.4,
+        num_epochs: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if N_hard and N_hard >= num_instances:
+            raise UserError(
+                f"xID: N_hard: expected fewer than num_instances = {num_instances}, found {N_hard}; "
+                "lower loss.args.N_hard"
+            )
+        self.num_negatives = num_negatives
+        self.momentum = momentum
+        self.hard_neg_epoch = hard_neg_epoch
+        self.hard = (N_hard, s, s_prime) if N_hard and s + s_prime > 0 else None
+        self.temperature = temperature
+        self.q_max = q_max
+        self.num_epochs = num_epochs
+        self.rince = RINCE(q, lam)
+        self.nce_average = MemoryBank(num_instances, embedding_dim, seed)  # the name in published checkpoints
+        self.stats: dict[str, torch.Tensor] = {}
+
+    def q_at(self, epoch: int) -> float:
+        """RINCE's q in `epoch`: the schedule's if `num_epochs` is known, else the constructor's."""
+        q0 = self.rince.q
+        return q0 if self.num_epochs is None else q_schedule(epoch, self.num_epochs, q0, self.q_max)
+
+    def forward(
+        self,
+        video_emb: torch.Tensor,
+        audio_emb: torch.Tensor,
+        index: torch.Tensor,
+        epoch: int = 0,
+        q: float | None = None,
+    ) -> torch.Tensor:
+        """The rank's loss, a scalar; over ranks its mean, and the mean of its gradients, are the whole batch's.
+
+        Args:
+            video_emb, audio_emb: (N, D), of any length.
+            index: (N,) the instances' rows in the bank, int64, on the embeddings' device.
+            epoch: from 0 on; decides about hard negatives, and about q where none is given.
+            q: RINCE's q in this call.
+        """
+        q = self.q_at(epoch) if q is None else q
+        bank = self.nce_average
+        dtype = torch.promote_types(video_emb.dtype, bank.view1_mem.dtype)
+        with torch.autocast(video_emb.device.type, enabled=False):
+            video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
+            negatives = bank.sample_negatives(index, self.num_negatives)
+            v2a = self._cosines(video, index, negatives, "audio", epoch)
+            a2v = self._cosines(audio, index, negatives, "video", epoch)
+            losses = [self.rince(pos / self.temperature, neg / self.temperature, q) for pos, neg in (v2a, a2v)]
+            self.stats = self._measure(video, audio, v2a, a2v)
+            if self.training:
+                bank.update(index, video, audio, self.momentum)
+            return (losses[0] + losses[1]) / 2
+
+    @torch.no_grad()
+    def fill(self, index: torch.Tensor, video_emb: torch.Tensor, audio_emb: torch.Tensor) -> None:
+        """Set the bank's rows `index` (N,) to the directions of the embeddings (N, D), over all ranks.
+
+        For a bank that starts from the untrained network's embeddings. Every rank must come with the same N.
+        """
+        dtype = self.nce_average.view1_mem.dtype
+        video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
+        self.nce_average.update(index, video, audio, momentum=0.0)
+
+    def _cosines(
+        self, query: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor, target: str, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines of unit queries (N, D) with their own row (N, 1) and with random, then hard negatives (N, K)."""
+        rows = self.nce_average.rows(target)
+        positive = _dot(query, rows[index][:, None])
+        negative = _dot(query, rows[negatives])
+        if self.hard is not None and epoch >= self.hard_neg_epoch:
+            mixed = self.nce_average.synthetic_negatives(query, index, target, *self.hard)
+            negative = torch.cat([negative, _dot(query, mixed)], dim=1)
+        return positive, negative
+
+    @torch.no_grad()
+    def _measure(self, video: torch.Tensor, audio: torch.Tensor, v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
+        return {
+            "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
+            "neg_cos": (v2a[1][:, : self.num_negatives].mean() + a2v[1][:, : self.num_negatives].mean()) / 2,
+            "video_spread": spread(video),
+            "audio_spread": spread(audio),
+        }
+
+
+def _dot(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Products (N, K) of (N, D) and (N, K, D). No matmul: TF32 would round it, and the batch size its last digits."""
+    return (query[:, None] * rows).sum(dim=-1)

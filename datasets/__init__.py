@@ -1,0 +1,95 @@
+"""Videos on disk -> batches. `build_videos` lists them, `ClipRecipe` and the data sets of `video_dataset` cut them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from datasets import demo, folder, ucf, vggsound
+from datasets.video_dataset import (
+    ClipRecipe,
+    EpochBatches,
+    EvenClips,
+    TrainingClips,
+    VideoList,
+    collate_readable,
+    make_loader,
+)
+from utils.distributed import rank, world_size
+from utils.errors import UserError
+
+MONITOR_VIDEOS = 200  # held-out videos that pre-training measures itself on
+
+LISTS: dict[str, Callable[[dict, str], VideoList]] = {
+    "vggsound": vggsound.list_videos,
+    "ucf101": ucf.list_videos,
+    "demo": ucf.list_videos,  # laid out as UCF-101
+    "folder": folder.list_videos,
+}
+
+
+def build_videos(dataset: dict, split: str) -> VideoList:
+    """The videos of one split of a configuration's `dataset` section.
+
+    Raises:
+        UserError: the root is not set or not there, or holds no video of this split.
+    """
+    if dataset["root"] is None:
+        raise UserError("dataset.root is not set: put it into the YAML, or add --set dataset.root=DIR")
+    if not Path(dataset["root"]).is_dir():
+        hint = "python3 -m datasets.demo makes it" if dataset["name"] == "demo" else "set dataset.root to where it lies"
+        raise UserError(f"{dataset['root']}: no such folder for data set {dataset['name']}; {hint}")
+    return LISTS[dataset["name"]](dataset, split)
+
+
+def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> DataLoader:
+    """This rank's loader of training clips; its `batch_sampler` is an `EpochBatches`, its `dataset` `TrainingClips`.
+
+    With `pairs` a sample is two clips of a video and no sound.
+
+    Raises:
+        UserError: the data are not there, or the batch does not divide among processes and parts, or fill a step.
+    """
+    data, pieces = cfg["dataset"], world_size() * cfg["accumulate"]
+    if data["batch_size"] % pieces:
+        raise UserError(
+            f"dataset.batch_size: {data['batch_size']} is the total, and does not divide into {world_size()} processes "
+            f"x {cfg['accumulate']} parts (accumulate)"
+        )
+    train = data["train"]
+    videos = build_videos(data, train["split"])
+    recipe = ClipRecipe.from_config(data, train["use_augmentation"])
+    clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs)
+    batches = EpochBatches(
+        len(clips),
+        data["batch_size"],
+        parts=cfg["accumulate"],
+        rank=rank(),
+        world_size=world_size(),
+        drop_last=train["drop_last"],
+    )
+    if not batches.steps:
+        raise UserError(
+            f"dataset.batch_size: {data['batch_size']} is more than the {len(clips)} clips of an epoch "
+            f"({len(videos)} videos x {train['clips_per_video']}); lower it, or raise train.clips_per_video"
+        )
+    workers = -(-cfg["num_workers"] // world_size())
+    return make_loader(clips, workers, device, batch_sampler=batches)
+
+
+def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_VIDEOS) -> DataLoader:
+    """A loader of the test split's videos (at most so many, evenly over the list), `clips_per_video` windows each."""
+    data = cfg["dataset"]
+    videos = build_videos(data, data["test"]["split"])
+    recipe = ClipRecipe.from_config(data, augment=False)
+    windows = data["test"]["clips_per_video"]
+    clips = EvenClips(videos, recipe, windows)
+    if most is not None and most < len(videos):
+        clips = Subset(clips, np.linspace(0, len(videos) - 1, most).round().astype(int).tolist())
+    batch_size = max(1, data["batch_size"] // windows)
+    return make_loader(clips, cfg["num_workers"], device, batch_size=batch_size, collate_fn=collate_readable)
+
+
+__all__ = ["build_held_out", "build_training", "build_videos", "demo"]

@@ -1,0 +1,59 @@
+"""Any directory of videos, with an optional CSV of labels and a rule for what is held out."""
+
+import csv
+import os
+from pathlib import Path
+
+from datasets.video_dataset import VideoList
+from utils.errors import UserError
+
+ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+
+
+def list_videos(dataset: dict, split: str) -> VideoList:
+    """The videos anywhere below the root, in the order of their names.
+
+    With `dataset.holdout_every: N`, split `test` is every video whose number in that order is a multiple of N, `train`
+    is the rest; `all` is all of them. `dataset.labels` is a CSV file below the root with a header: its first column
+    names the video (path below the root), `dataset.label_column` (default: the second) its label.
+    """
+    root, every = Path(dataset["root"]), dataset["holdout_every"]
+    if split not in ("train", "test", "all"):
+        raise UserError(f"dataset split {split!r}: a folder has train, test, all")
+    if split != "all" and every is None:
+        raise UserError(f"dataset split {split!r}: set dataset.holdout_every (such as 5), or use split all")
+    names = sorted(_find(root))
+    if split != "all":
+        names = [name for i, name in enumerate(names) if (i % every == 0) == (split == "test")]
+    if not names:
+        raise UserError(f"{root}: holds no video for split {split}; looked for {' '.join(ENDINGS)}")
+    labels, classes = _labels(root, dataset["labels"], dataset["label_column"], names)
+    return VideoList(root, names, labels, classes)
+
+
+def _find(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
+    found = []
+    for folder, _, files in os.walk(root):
+        relative = os.path.relpath(folder, root)
+        found += [os.path.normpath(os.path.join(relative, f)) for f in files if f.lower().endswith(ENDINGS)]
+    return found
+
+
+def _labels(root: Path, labels: str | None, column: str | None, names: list[str]) -> tuple[list[int] | None, list[str]]:
+    if labels is None:
+        return None, []
+    file = root / labels
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            header, *rows = [row for row in csv.reader(lines) if row]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{file}: expected a CSV file with a header and rows: {error}") from None
+    if len(header) < 2 or (column is not None and column not in header):
+        raise UserError(f"{file}: dataset.label_column {column}: the columns are {', '.join(header)}")
+    place = 1 if column is None else header.index(column)
+    label_of = {os.path.normpath(row[0]): row[place] for row in rows if len(row) > place}
+    classes = sorted(set(label_of.values()))
+    number = {label: i for i, label in enumerate(classes)}
+    return [number[label_of[name]] if name in label_of else -1 for name in names], classes

@@ -1,0 +1,105 @@
+"""Which seconds of a video to take: pure functions of spans, lengths and a random generator.
+
+A span is `(start, end)` in seconds on the file's clock. Policy for short streams: where a span is shorter than the clip
+asked of it, the clip starts with the span, and the decoder repeats the last frame or pads the waveform with silence.
+"""
+
+import numpy as np
+
+Span = tuple[float, float]
+
+
+def overlap(first: Span, second: Span) -> Span:
+    """The part that two spans share; where they share none, the empty span at the later start."""
+    start = max(first[0], second[0])
+    return start, max(start, min(first[1], second[1]))
+
+
+def anywhere(span: Span, seconds: float, rng: np.random.Generator) -> float:
+    """A start, uniform over those with which a clip of `seconds` lies inside the span."""
+    room = span[1] - span[0] - seconds
+    return span[0] + rng.uniform(0.0, 1.0) * max(0.0, room)
+
+
+def evenly(span: Span, seconds: float, count: int) -> list[float]:
+    """`count` starts of clips of `seconds`, evenly over the whole span; a single one is in the middle."""
+    room = max(0.0, span[1] - span[0] - seconds)
+    if count == 1:
+        return [span[0] + room / 2]
+    return [span[0] + room * i / (count - 1) for i in range(count)]
+
+
+def audio_visual(
+    video: Span, audio: Span, video_seconds: float, audio_seconds: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Starts of a video and an audio clip that belong together.
+
+    The audio clip lies anywhere in the overlap of the streams, the video clip anywhere inside the audio clip widened by
+    0.5 s on both sides, and inside the video.
+    """
+    audio_start = anywhere(overlap(video, audio), audio_seconds, rng)
+    window = overlap((audio_start - 0.5, audio_start + audio_seconds + 0.5), video)
+    return anywhere(window, video_seconds, rng), audio_start
+
+
+def audio_visual_evenly(
+    video: Span, audio: Span, video_seconds: float, audio_seconds: float, count: int
+) -> list[tuple[float, float]]:
+    """`count` pairs of starts, evenly over the overlap of the streams, each video clip at the middle of its audio."""
+    shared = overlap(video, audio)
+    pairs = []
+    for audio_start in evenly(shared, audio_seconds, count):
+        middle = audio_start + (min(audio_seconds, shared[1] - shared[0]) - video_seconds) / 2
+        latest = max(video[0], video[1] - video_seconds)
+        pairs.append((min(max(middle, video[0]), latest), audio_start))
+    return pairs
+
+
+def two_apart(
+    video: Span, seconds: float, rng: np.random.Generator, least: float = 2.0, most: float = 8.0
+) -> tuple[float, float]:
+    """Starts of two clips of one video, `least` to `most` seconds apart, in random order.
+
+    A video too short for that gives the two clips that lie as far apart as it allows: its first and its last seconds.
+    """
+    room = max(0.0, video[1] - video[0] - seconds)
+    if room <= least:
+        starts = (video[0], video[0] + room)
+    else:
+        distance = rng.uniform(least, min(most, room))
+        first = video[0] + rng.uniform(0.0, 1.0) * (room - distance)
+        starts = (first, first + distance)
+    return starts if rng.random() < 0.5 else starts[::-1]
+
+
+def random_resized_crop(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) of a random share of the frame's area and a random aspect ratio (log-uniform).
+
+    After ten draws that do not fit, the largest centred box within the aspect limits (the Inception recipe).
+    """
+    for _ in range(10):
+        size = height * width * rng.uniform(*area)
+        ratio = np.exp(rng.uniform(*np.log(aspect)))
+        w, h = int(round(np.sqrt(size * ratio))), int(round(np.sqrt(size / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    h, w = min(height, int(round(width / ratio))), min(width, int(round(height * ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def block_mask(length: int, ratio: float, size: int, variable: bool, rng: np.random.Generator) -> np.ndarray:
+    """Which of `length` bins to cover: bool (length,). The covered share is uniform from 0 to `ratio`.
+
+    Blocks of `size` bins (of 1 to `size` where `variable`) fall at random places until the share is covered; the last
+    one is cut so that it is not exceeded.
+    """
+    mask = np.zeros(length, dtype=bool)
+    target = int(rng.uniform(0.0, ratio) * length)
+    while (missing := target - int(mask.sum())) > 0:
+        block = min(int(rng.integers(1, size + 1)) if variable else size, missing)
+        start = int(rng.integers(0, length - block + 1))
+        mask[start : start + block] = True
+    return mask

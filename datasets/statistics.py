@@ -1,0 +1,99 @@
+"""Mean and standard deviation of each mel bin over the training set: computed once, kept, reused."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from datasets import sampling
+from datasets.decoding import DecodeError, VideoFile
+from datasets.preprocessing import LogMelSpectrogram, normalise_peak
+from datasets.video_dataset import ClipRecipe, VideoList, audio_span, make_loader, read_waveform
+from utils.errors import UserError
+
+MOST_VIDEOS = 2000
+
+log = logging.getLogger("avssrl")
+
+
+class _Spectrograms(Dataset):
+    """One log-mel spectrogram (n_mels, frames) from each chosen video, or the reason why there is none."""
+
+    def __init__(self, videos: VideoList, chosen: np.ndarray, recipe: ClipRecipe) -> None:
+        self.videos, self.chosen, self.recipe = videos, chosen, recipe
+        self.log_mel = LogMelSpectrogram(recipe.sample_rate, **recipe.spec_params)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> torch.Tensor | str:
+        video = int(self.chosen[i])
+        rng = np.random.default_rng((0, video))
+        try:
+            with VideoFile(self.videos.path(video)) as file:
+                start = sampling.anywhere(audio_span(file), self.recipe.audio_seconds, rng)
+                waveform = read_waveform(file, start, self.recipe)
+        except DecodeError as error:
+            return str(error)
+        return self.log_mel(normalise_peak(waveform.unsqueeze(0)))[0]
+
+
+def audio_statistics(
+    videos: VideoList, recipe: ClipRecipe, num_workers: int, cache_dir: str | Path
+) -> dict[str, torch.Tensor]:
+    """`mean` and `std` of each mel bin, float32 (n_mels,), over one clip from each of at most 2,000 videos.
+
+    Kept as `<cache_dir>/audio-stats-<fingerprint of list and parameters>.npz` and read from there the next time.
+
+    Raises:
+        UserError: no video's sound could be read, or the cache could not be written.
+    """
+    chosen = np.unique(np.linspace(0, len(videos) - 1, min(len(videos), MOST_VIDEOS)).round().astype(int))
+    meaning = [videos.fingerprint, recipe.audio_seconds, recipe.sample_rate, recipe.spec_params, len(chosen)]
+    digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+    cached = Path(cache_dir) / f"audio-stats-{digest}.npz"
+    if cached.is_file():
+        log.info("audio statistics: read from %s", cached)
+        with np.load(cached) as stored:
+            return {name: torch.from_numpy(stored[name]) for name in ("mean", "std")}
+    statistics, used = _compute(videos, chosen, recipe, num_workers)
+    log.info("audio statistics: from %d videos, kept in %s", used, cached)
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, count=used, **{name: value.numpy() for name, value in statistics.items()})
+        os.replace(temporary, cached)
+    except OSError as error:
+        raise UserError(f"cache_dir: {cached}: could not be written: {error}") from None
+    return statistics
+
+
+def _compute(
+    videos: VideoList, chosen: np.ndarray, recipe: ClipRecipe, num_workers: int
+) -> tuple[dict[str, torch.Tensor], int]:
+    dataset = _Spectrograms(videos, chosen, recipe)
+    loader = make_loader(dataset, num_workers, batch_size=None, collate_fn=None)
+    mels = recipe.spec_params["n_mels"]
+    total, squares, frames, errors = torch.zeros(mels).double(), torch.zeros(mels).double(), 0, []
+    for answer in tqdm(loader, "audio statistics", unit="video", disable=None, leave=False):
+        if isinstance(answer, str):
+            errors.append(answer)
+            continue
+        total += answer.double().sum(1)
+        squares += answer.double().square().sum(1)
+        frames += answer.shape[1]
+    used = len(chosen) - len(errors)
+    if not used:
+        raise UserError(f"{videos.root}: the sound of none of {len(chosen)} videos could be read; first: {errors[0]}")
+    if errors:
+        log.warning("audio statistics: left out %d of %d videos; first: %s", len(errors), len(chosen), errors[0])
+    mean = total / frames
+    std = (squares / frames - mean.square()).clamp_min(0).sqrt()
+    return {"mean": mean.float(), "std": std.float()}, used

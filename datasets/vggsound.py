@@ -1,0 +1,77 @@
+"""VGGSound: `<root>/{train,test}/<youtube id>_<start>.mp4` and, for labels, `<root>/vggsound.csv`."""
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+
+from datasets.video_dataset import VideoList
+from utils.errors import UserError
+
+SUBSET_SIZE = 50_000
+HELP = "expected <root>/train/ and <root>/test/ with files <youtube id>_<start second>.mp4; see README, VGGSound"
+
+Clip = tuple[str, int]
+
+
+def list_videos(dataset: dict, split: str) -> VideoList:
+    """The files of folder `train` or `test`; `train_subset` is a part of `train`.
+
+    The subset is what the file `dataset.list` names, else 50,000 videos by a fixed rule (the smallest SHA-256 of id and
+    start), else, with fewer, all of them. Labels come from vggsound.csv; a video that it does not list has label -1.
+    """
+    root = Path(dataset["root"])
+    folders = {"train": "train", "train_subset": "train", "test": "test"}
+    if split not in folders:
+        raise UserError(f"dataset split {split!r}: VGGSound has {', '.join(folders)}")
+    folder = root / folders[split]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {HELP}")
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
+    clips = {name: parse_name(name) for name in names}
+    if split == "train_subset":
+        names = _subset(names, clips, dataset["list"])
+    if not names:
+        raise UserError(f"{folder}: holds no video to use; {HELP}")
+    labels, classes = _labels(root / "vggsound.csv", [clips[name] for name in names])
+    return VideoList(root, [f"{folders[split]}/{name}" for name in names], labels, classes)
+
+
+def parse_name(name: str) -> Clip:
+    """A file's YouTube id and start second: `--0PQM4-hqg_000030.mp4` is ('--0PQM4-hqg', 30).
+
+    A name of another form is an id of its own, with start -1: it can be trained on, and has no label.
+    """
+    stem = name.removesuffix(".mp4")
+    video, _, start = stem.rpartition("_")
+    return (video, int(start)) if video and start.isdecimal() else (stem, -1)
+
+
+def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> list[str]:
+    if list_file is None:
+        chosen = sorted(names, key=lambda name: hashlib.sha256("{}_{}".format(*clips[name]).encode()).digest())
+        return sorted(chosen[:SUBSET_SIZE])
+    try:
+        lines = Path(list_file).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"dataset.list: {list_file}: cannot be read: {error}") from None
+    wanted = {parse_name(line.rsplit("/", 1)[-1]) for line in lines}
+    kept = [name for name in names if clips[name] in wanted]
+    if not kept:
+        raise UserError(f"dataset.list: {list_file}: none of its {len(wanted)} videos is there")
+    return kept
+
+
+def _labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[str]]:
+    if not file.is_file():
+        return None, []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.reader(lines) if row]
+    bad = next((row for row in rows if len(row) < 3 or not row[1].isdecimal()), None)
+    if bad is not None:
+        raise UserError(f"{file}: expected rows of id, start second, label, split; found {','.join(bad)!r}")
+    classes = sorted({row[2] for row in rows})
+    number = {label: i for i, label in enumerate(classes)}
+    label_of = {(row[0], int(row[1])): number[row[2]] for row in rows}
+    return [label_of.get(clip, -1) for clip in clips], classes

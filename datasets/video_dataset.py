@@ -1,0 +1,354 @@
+"""A list of videos -> samples: which clip comes when, how it is cut, what happens when a file is bad."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets import sampling
+from datasets.decoding import DecodeError, VideoFile
+from datasets.preprocessing import (
+    crop_and_resize,
+    draw_audio_augmentation,
+    draw_video_augmentation,
+    no_video_augmentation,
+    num_spectrogram_frames,
+)
+
+MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
+
+
+class VideoList:
+    """Videos below one root, with labels where there are any. Names lie in one block of shared memory.
+
+    A Python list of names would be copied page by page into every worker, since reading one changes its counter.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.root = Path(root)
+        self.classes = tuple(classes)
+        encoded = np.array([os.fsencode(name) for name in names], dtype=bytes)
+        block = encoded.view(np.uint8).reshape(len(names), encoded.dtype.itemsize)
+        self._names = torch.from_numpy(block.copy()).share_memory_()
+        labels = np.full(len(names), -1) if labels is None else np.asarray(labels)
+        self.labels = torch.from_numpy(labels.astype(np.int64)).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """The video's path relative to the root."""
+        return os.fsdecode(self._names[index].numpy().tobytes().rstrip(b"\0"))
+
+    def path(self, index: int) -> Path:
+        """The video's path."""
+        return self.root / self.name(index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Says whether two runs mean the same videos by the same numbers. The root does not matter."""
+        digest = hashlib.sha256(str(tuple(self._names.shape)).encode())
+        digest.update(self._names.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"{len(self)} videos{classes} below {self.root} (list {self.fingerprint})"
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """How a sample is cut from a video. Lengths in seconds, rates in Hz, sizes in pixels; see `from_config`."""
+
+    video_seconds: float
+    video_fps: float
+    crop_size: int
+    frame_size: int
+    transforms: str
+    resize: str
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    color: tuple[float, ...]
+    augment: bool
+    audio_seconds: float
+    sample_rate: int
+    spec_params: dict = field(hash=False)
+    tfmask_params: dict = field(hash=False)
+
+    @classmethod
+    def from_config(cls, dataset: dict, augment: bool) -> "ClipRecipe":
+        """The recipe of a configuration's `dataset` section."""
+        return cls(
+            video_seconds=dataset["video_clip_duration"],
+            video_fps=dataset["video_fps"],
+            crop_size=dataset["crop_size"],
+            frame_size=dataset["frame_size"] or round(dataset["crop_size"] * 8 / 7),
+            transforms=dataset["transforms"],
+            resize=dataset["resize"],
+            area=(dataset["min_area"], 1.0),
+            aspect=tuple(dataset["aspect_ratio"]),
+            color=tuple(dataset["color"]),
+            augment=augment,
+            audio_seconds=dataset["audio_clip_duration"],
+            sample_rate=dataset["audio_srate"],
+            spec_params=dict(dataset["spec_params"]),
+            tfmask_params=dict(dataset["tfmask_params"]),
+        )
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in a clip."""
+        return max(1, round(self.video_seconds * self.video_fps))
+
+    @property
+    def num_spectrogram_frames(self) -> int:
+        """Time frames in a clip's spectrogram."""
+        samples = round(self.audio_seconds * self.sample_rate)
+        return num_spectrogram_frames(samples, self.spec_params["n_fft"], self.spec_params["hop_length"])
+
+
+def epoch_order(num_videos: int, clips_per_video: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The video of each position in an epoch: int64 (num_videos * clips_per_video,), each video equally often."""
+    order = np.tile(np.arange(num_videos), clips_per_video)
+    return np.random.default_rng((seed, epoch)).permutation(order) if shuffle else order
+
+
+class TrainingClips(Dataset):
+    """Random clips for training, one for each (epoch, position). What a position holds depends on the seed alone.
+
+    With `pairs` a sample is two clips of one video and no sound (VICReg-Video), else a clip and its sound. A video that
+    cannot be decoded is replaced by the one half an epoch further on, and named in the sample's `failures`.
+    """
+
+    def __init__(
+        self, videos: VideoList, recipe: ClipRecipe, clips_per_video: int, seed: int, pairs: bool = False
+    ) -> None:
+        self.videos, self.recipe, self.pairs = videos, recipe, pairs
+        self.clips_per_video, self.seed = clips_per_video, seed
+        self._order = (None, None)
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.clips_per_video
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The video of each position in this epoch."""
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.videos), self.clips_per_video, self.seed, epoch)
+        return self._order[1]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, position = key
+        order, failures = self.order(epoch), []
+        for attempt in range(MAX_ATTEMPTS):
+            step = len(order) // 2 + attempt if attempt else 0
+            video = int(order[(position + step) % len(order)])
+            rng = np.random.default_rng((self.seed, epoch, position, attempt))
+            try:
+                return self._load(video, rng) | {"failures": failures}
+            except DecodeError as error:
+                failures.append((self.videos.name(video), str(error)))
+        return {"failures": failures}
+
+    def _load(self, video: int, rng: np.random.Generator) -> dict:
+        sample = {"index": video, "label": int(self.videos.labels[video])}
+        with VideoFile(self.videos.path(video)) as file:
+            if self.pairs:
+                span = video_span(file)
+                for name, start in zip(
+                    ("", "_2"), sampling.two_apart(span, self.recipe.video_seconds, rng), strict=True
+                ):
+                    sample["frames" + name], sample["video_aug" + name] = self._frames(file, start, rng)
+            else:
+                starts = sampling.audio_visual(
+                    video_span(file), audio_span(file), self.recipe.video_seconds, self.recipe.audio_seconds, rng
+                )
+                sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
+                sample["waveform"] = read_waveform(file, starts[1], self.recipe)
+                sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng)
+        return sample
+
+    def _frames(self, file: VideoFile, start: float, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
+        if not self.recipe.augment:
+            return read_frames(file, start, self.recipe), no_video_augmentation()
+        frames = read_frames(file, start, self.recipe, rng)
+        return frames, draw_video_augmentation(list(self.recipe.color), rng)
+
+    def _audio_augmentation(self, rng: np.random.Generator) -> tuple[np.float32, np.ndarray, np.ndarray]:
+        mels, times = self.recipe.spec_params["n_mels"], self.recipe.num_spectrogram_frames
+        if not self.recipe.augment:
+            return np.float32(1), np.zeros(mels, dtype=bool), np.zeros(times, dtype=bool)
+        return draw_audio_augmentation(mels, times, self.recipe.tfmask_params, rng)
+
+
+class EvenClips(Dataset):
+    """`windows` clips evenly over each video, each with its sound in the middle of which it lies: for measuring.
+
+    A sample holds frames (windows, T, H, W, 3) and waveforms (windows, L); a video that cannot be decoded answers only
+    `index` and `failures`.
+    """
+
+    def __init__(self, videos: VideoList, recipe: ClipRecipe, windows: int, sound: bool = True) -> None:
+        self.videos, self.recipe, self.windows, self.sound = videos, recipe, windows, sound
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            return self._load(index) | {"failures": []}
+        except DecodeError as error:
+            return {"index": index, "failures": [(self.videos.name(index), str(error))]}
+
+    def _load(self, index: int) -> dict:
+        recipe = self.recipe
+        sample = {"index": index, "label": int(self.videos.labels[index])}
+        with VideoFile(self.videos.path(index)) as file:
+            if self.sound:
+                spans = video_span(file), audio_span(file)
+                starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
+                sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
+                video_starts = [video for video, _ in starts]
+            else:
+                video_starts = sampling.evenly(video_span(file), recipe.video_seconds, self.windows)
+            sample["frames"] = torch.stack([read_frames(file, start, recipe) for start in video_starts])
+        return sample
+
+
+def video_span(file: VideoFile) -> sampling.Span:
+    """The seconds that the video stream covers. A file without one is a DecodeError."""
+    return _span(file, "video", file.info.video)
+
+
+def audio_span(file: VideoFile) -> sampling.Span:
+    """The seconds that the audio stream covers. A file without one is a DecodeError."""
+    return _span(file, "audio", file.info.audio)
+
+
+def _span(file: VideoFile, kind: str, stream: object) -> sampling.Span:
+    if stream is None:
+        raise DecodeError(f"{file.info.path}: has no {kind} stream, and one was asked for")
+    return stream.start, stream.start + stream.duration
+
+
+def read_frames(
+    file: VideoFile, start: float, recipe: ClipRecipe, rng: np.random.Generator | None = None
+) -> torch.Tensor:
+    """A clip's frames, cropped and resized: uint8 (T, crop_size, crop_size, 3).
+
+    With `rng` the crop is random, by `transforms`; else the frames are resized to frame_size x frame_size (their aspect
+    is not kept) and cropped in the centre.
+    """
+    clip = file.read(video_start=start, video_seconds=recipe.video_seconds, fps=recipe.video_fps)
+    frames, size = torch.from_numpy(clip.frames), recipe.crop_size
+    height, width = frames.shape[1:3]
+    if rng is not None and recipe.transforms == "msc+color":
+        box = sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)
+        mode = "bilinear" if recipe.resize == "bilinear" else "bilinear-plain"
+        return crop_and_resize(frames, box, size, mode)
+    frames = crop_and_resize(frames, (0, 0, height, width), recipe.frame_size, recipe.resize)
+    room = recipe.frame_size - size
+    top, left = (room // 2, room // 2) if rng is None else rng.integers(room + 1, size=2).tolist()
+    return crop_and_resize(frames, (top, left, size, size), size)
+
+
+def read_waveform(file: VideoFile, start: float, recipe: ClipRecipe) -> torch.Tensor:
+    """A clip's sound: float32 (audio_seconds * sample_rate,), mono, in [-1, 1]."""
+    clip = file.read(audio_start=start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate)
+    return torch.from_numpy(clip.waveform)
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch.
+
+    A global batch is `batch_size` consecutive positions; it is cut into `parts` (gradient accumulation), each part into
+    the ranks' shares. So W processes see, together, exactly the batches that one sees.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        parts: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        self.length, self.batch_size, self.parts = length, batch_size, parts
+        self.rank, self.world_size = rank, world_size
+        pieces = parts * world_size
+        self.sizes = [batch_size] * (length // batch_size)
+        rest = length % batch_size // pieces * pieces
+        if rest and not drop_last:
+            self.sizes.append(rest)
+        self.epoch, self.first_step = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Global batches in an epoch."""
+        return len(self.sizes)
+
+    def start_at(self, epoch: int, step: int = 0) -> None:
+        """Let the next pass be this epoch's, from this step on."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.steps):
+            share = self.sizes[step] // (self.parts * self.world_size)
+            for part in range(self.parts):
+                start = step * self.batch_size + (part * self.world_size + self.rank) * share
+                yield [(self.epoch, position) for position in range(start, start + share)]
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack the samples of a batch; `failures` are joined.
+
+    If a sample holds nothing but failures, so does the batch: a batch is whole or not there.
+    """
+    batch = {"failures": [failure for sample in samples for failure in sample["failures"]]}
+    if any("frames" not in sample for sample in samples):
+        return batch
+    for key in samples[0].keys() - {"failures"}:
+        batch[key] = torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+    return batch
+
+
+def collate_readable(samples: list[dict]) -> dict:
+    """As `collate`, without the samples that could not be decoded: for measuring, where nothing takes their place."""
+    failures = [failure for sample in samples for failure in sample["failures"]]
+    readable = [sample for sample in samples if "frames" in sample]
+    return (collate(readable) if readable else {}) | {"failures": failures}
+
+
+def make_loader(
+    dataset: Dataset, num_workers: int, device: torch.device | str = "cpu", **options: object
+) -> DataLoader:
+    """A DataLoader with the settings that all of ours share; `options` go to it as they are.
+
+    Never more workers than cores that this process may use: they would only take them from each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(num_workers, cores)
+    options.setdefault("collate_fn", collate)
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # its own: a loader must not advance the run's random numbers
+        **options,
+    )

@@ -1,0 +1,74 @@
+"""Networks: backbones, heads and the wrappers that pair them. `build_model` makes one from the YAML's `model` part."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from models.audio import Conv2DNet
+from models.av_wrapper import AVWrapper
+from models.vicreg import VICRegVideoWrapper, VICRegWrapper
+from models.video import R2Plus1d
+from utils.errors import UserError
+
+MODELS = {
+    "arch": {"av_wrapper": AVWrapper, "vicreg_wrapper": VICRegWrapper, "vicreg_v_wrapper": VICRegVideoWrapper},
+    "video_backbone": {"R2Plus1d": R2Plus1d},
+    "audio_backbone": {"Conv2DNet": Conv2DNet},
+}
+
+
+def build_model(cfg: Mapping[str, Any]) -> nn.Module:
+    """Build the network that the `model` part of a pre-training YAML describes, with fresh weights.
+
+    Args:
+        cfg: `arch` (a name in `MODELS["arch"]`) and `args`: `proj_dim` or `exp_dim`, `video_backbone`,
+            `video_backbone_args`, `audio_backbone`, `audio_backbone_args` and, for `av_wrapper`, `proj_norm`.
+            `args.checkpoint` is not read here: loading weights is up to the script.
+
+    Returns:
+        The wrapper; `forward(video (N, 3, T, H, W), audio (N, 1, n_mels, frames))`, or `forward(clip1, clip2)` for
+        `vicreg_v_wrapper`, gives two embeddings `(N, out_dim)`.
+
+    Raises:
+        UserError: an unknown architecture, backbone, depth or key, or a missing one.
+    """
+    wrapper = _look_up("arch", "model.arch", cfg.get("arch"))
+    args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
+    for stream in ("video", "audio"):
+        if f"{stream}_model" in inspect.signature(wrapper).parameters:
+            args[f"{stream}_model"] = _build_backbone(f"{stream}_backbone", args)
+    return _call(wrapper, "model.args", args)
+
+
+def _build_backbone(key: str, args: dict[str, Any]) -> nn.Module:
+    """Take `key` and `<key>_args` out of `args` and build the backbone that they describe."""
+    backbone = _look_up(key, f"model.args.{key}", args.pop(key, None))
+    return _call(backbone, f"model.args.{key}_args", args.pop(f"{key}_args", None) or {})
+
+
+def _look_up(kind: str, key: str, name: object) -> Callable[..., nn.Module]:
+    if name not in list(MODELS[kind]):
+        raise UserError(f"{key}: unknown {name!r}; {_allowed(name, MODELS[kind])}")
+    return MODELS[kind][name]
+
+
+def _call(cls: Callable[..., nn.Module], key: str, args: Mapping[str, Any]) -> nn.Module:
+    """Construct `cls(**args)`; a key that it does not take, or a missing one, is an error that names it."""
+    known = inspect.signature(cls).parameters
+    for name in args:
+        if name not in known:
+            settings = [k for k in known if not k.endswith("_model")]
+            raise UserError(f"{key}.{name}: unknown key for {cls.__name__}; {_allowed(name, settings)}")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in args:
+            raise UserError(f"{key}.{name}: missing, {cls.__name__} needs it; add it to the YAML")
+    return cls(**args)
+
+
+def _allowed(name: object, options: Iterable[str]) -> str:
+    options = list(options)
+    nearest = difflib.get_close_matches(str(name), options, n=1)
+    return f"use {', '.join(options)}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

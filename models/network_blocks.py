@@ -1,0 +1,183 @@
+"""Convolutions, residual blocks and weight initialisation that the backbones and heads are made of.
+
+Activations of the video network are `(N, C, T, H, W)` tensors in `channels_last_3d` memory, that is `(N, T, H, W, C)`
+one after the other. In that memory a spatial convolution is a 2D convolution of `(N*T, C, H, W)` and a temporal one a
+2D convolution of `(N, C, T, H*W)`; both are views, so nothing is copied, and 2D kernels are the faster ones (and the
+ones without trouble in bf16). The weights keep the shapes and names of the 3D convolutions they stand for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+def frames_as_batch(x: Tensor) -> Tensor:
+    """View `(N, C, T, H, W)` in channels_last_3d memory as `(N*T, C, H, W)` in channels_last memory."""
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def batch_as_frames(x: Tensor, batch_size: int) -> Tensor:
+    """View `(N*T, C, H, W)` in channels_last memory as `(N, C, T, H, W)`; the inverse of `frames_as_batch`."""
+    return x.permute(0, 2, 3, 1).unflatten(0, (batch_size, -1)).permute(0, 4, 1, 2, 3)
+
+
+def places_as_width(x: Tensor) -> Tensor:
+    """View `(N, C, T, H, W)` in channels_last_3d memory as `(N, C, T, H*W)` in channels_last memory."""
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def width_as_places(x: Tensor, height_width: Sequence[int]) -> Tensor:
+    """View `(N, C, T, H*W)` in channels_last memory as `(N, C, T, H, W)`; the inverse of `places_as_width`."""
+    return x.permute(0, 2, 3, 1).unflatten(2, height_width).permute(0, 4, 1, 2, 3)
+
+
+class _Conv3dIn2D(nn.Conv3d):
+    """A bias-free `Conv3d` with "same" padding whose subclasses compute it with `conv2d`.
+
+    The weight has the 5D shape, in channels_last_3d memory, and is viewed as 2D in the way its input is. The kernels
+    and the gradients that they return are then in the layout of the weight, and nothing is converted in a step.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
+        padding = tuple(k // 2 for k in kernel)
+        super().__init__(in_channels, out_channels, tuple(kernel), tuple(stride), padding, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().clone(memory_format=torch.channels_last_3d))
+
+
+class SpatialConv(_Conv3dIn2D):
+    """A `(1, k, k)` convolution of `(N, C, T, H, W)`, frame by frame."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, (1, kernel_size, kernel_size), (1, stride, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = frames_as_batch(self.weight)
+        frames = F.conv2d(frames_as_batch(x), weight, stride=self.stride[1:], padding=self.padding[1:])
+        return batch_as_frames(frames, x.shape[0])
+
+
+class TemporalConv(_Conv3dIn2D):
+    """A `(k, 1, 1)` convolution of `(N, C, T, H, W)`, along time at every place."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, (kernel_size, 1, 1), (stride, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = places_as_width(self.weight)
+        places = F.conv2d(places_as_width(x), weight, stride=self.stride[:2], padding=self.padding[:2])
+        return width_as_places(places, x.shape[3:])
+
+
+class PointwiseConv(_Conv3dIn2D):
+    """A 1x1x1 convolution of `(N, C, T, H, W)` with the same stride in time and space: the residual connection.
+
+    Frames that the stride drops are left out first. With an even number of frames that is a view; with an odd number
+    the frames that stay are copied.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, (1, 1, 1), (stride, stride, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = frames_as_batch(x[:, :, :: self.stride[0]])
+        return batch_as_frames(F.conv2d(kept, frames_as_batch(self.weight), stride=self.stride[1:]), x.shape[0])
+
+
+class StemConv(_Conv3dIn2D):
+    """A `(3, k, k)` convolution of stride `(1, s, s)`: the frame before, the frame and the one after as channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, (3, kernel_size, kernel_size), (1, stride, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, 1, 1))
+        taps = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=4)
+        weight = self.weight.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
+        frames = taps.flatten(0, 1).permute(0, 3, 1, 2)
+        return batch_as_frames(F.conv2d(frames, weight, stride=self.stride[1:], padding=self.padding[1:]), x.shape[0])
+
+
+class SpatialMaxPool(nn.MaxPool3d):
+    """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(frames_as_batch(x), self.kernel_size[1:], self.stride[1:], self.padding[1:])
+        return batch_as_frames(pooled, x.shape[0])
+
+
+class R2Plus1dBlock(nn.Module):
+    """Residual block of two (spatial, temporal) pairs of convolutions (Tran et al. 2018, "R(2+1)D").
+
+    Spatial - BN - ReLU - temporal - BN - ReLU - spatial - BN - ReLU - temporal, plus the input, then `out_bn` and ReLU.
+    `stride` is taken in time and space by the first pair; temporal convolutions keep the number of channels. Where the
+    shape changes, the input passes through a strided 1x1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.spatial_conv1 = SpatialConv(in_channels, out_channels, stride=stride)
+        self.spatial_bn1 = nn.BatchNorm3d(out_channels)
+        self.temporal_conv1 = TemporalConv(out_channels, out_channels, stride=stride)
+        self.temporal_bn1 = nn.BatchNorm3d(out_channels)
+        self.spatial_conv2 = SpatialConv(out_channels, out_channels)
+        self.spatial_bn2 = nn.BatchNorm3d(out_channels)
+        self.temporal_conv2 = TemporalConv(out_channels, out_channels)
+        self.out_bn = nn.BatchNorm3d(out_channels)
+        self.res_conv = None
+        if stride != 1 or in_channels != out_channels:
+            self.res_conv = PointwiseConv(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, C_in, T, H, W)` to `(N, C_out, ceil(T/s), ceil(H/s), ceil(W/s))`."""
+        residual = x if self.res_conv is None else self.res_conv(x)
+        x = F.relu(self.spatial_bn1(self.spatial_conv1(x)), inplace=True)
+        x = F.relu(self.temporal_bn1(self.temporal_conv1(x)), inplace=True)
+        x = F.relu(self.spatial_bn2(self.spatial_conv2(x)), inplace=True)
+        return F.relu(self.out_bn(self.temporal_conv2(x) + residual), inplace=True)
+
+
+class Conv2DBlock(nn.Module):
+    """Two 3x3 convolutions, each with BN and ReLU; the first one takes the stride. No residual connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, C_in, H, W)` to `(N, C_out, ceil(H/s), ceil(W/s))`."""
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)), inplace=True)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module in place; for `network.apply(init_weights)`.
+
+    He normal (He et al. 2015): for ReLU, by fan out in convolutions and by fan in in linear layers, biases zero. In a
+    head this keeps the size of the signal from layer to layer, so that no bias drowns what tells clips apart; after
+    BN and ReLU (VICReg's expander) a linear layer starts with outputs of variance one, which is where VICReg's
+    variance term wants them. BN keeps weight one and bias zero.
+    """
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+def check_widths(key: str, widths: Sequence[int]) -> None:
+    """Raise `UserError` unless `widths`, the YAML's `model.args.<key>`, is a non-empty list of positive integers."""
+    is_list = isinstance(widths, (list, tuple)) and len(widths) > 0
+    if not is_list or not all(type(width) is int and width > 0 for width in widths):
+        raise UserError(
+            f"model.args.{key}: expected a list of the layers' widths such as [512, 512, 128], found {widths!r}"
+        )

@@ -1,0 +1,445 @@
+import os
+import pickle
+import time
+
+import av
+import numpy as np
+import pytest
+
+from datasets import decoding
+from datasets.decoding import DecodeError, VideoFile, probe, read_clip
+
+FORMATS = {
+    "bframes.mp4": {"gop": 250, "bframes": 3, "seconds": 4},
+    "start.mp4": {"gop": 250, "bframes": 3, "seconds": 3, "video_start": 1.5, "audio_start": 0.75},
+    "h265.mp4": {"codec": "libx265", "gop": 25, "options": {"x265-params": "log-level=none"}},
+    "late.ts": {"gop": 12},
+    "rounded.mkv": {"audio_codec": "pcm_s16le", "audio_rate": 44100, "layout": "stereo"},
+    "old.avi": {"codec": "mpeg4", "audio_rate": None},
+    "vp8.webm": {"codec": "libvpx", "audio_codec": "libopus", "audio_rate": 48000},
+    "odd.mp4": {"size": (65, 47), "pixels": "yuv444p", "audio_rate": 44100},
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def media(request, tmp_path_factory, make_video):
+    return make_video(tmp_path_factory.mktemp("media") / request.param, **FORMATS[request.param])
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory, make_video):
+    return make_video(tmp_path_factory.mktemp("media") / "video.mp4", seconds=4, gop=250, bframes=3)
+
+
+def decode_all(path):
+    """Times and decoded frames of the whole video stream, in output order: PyAV alone, nothing skipped or sought."""
+    frames, times = [], []
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            try:
+                frames += packet.decode()
+            except av.error.FFmpegError:
+                continue
+        step = 1 / float(stream.average_rate)
+        for frame in frames:
+            stamp = frame.dts if container.format.name == "avi" else frame.pts
+            times.append(times[-1] + step if stamp is None else float(stamp * frame.time_base))
+    return np.array(times), frames
+
+
+def assert_nearest(path, times, frames, starts, rotation=0):
+    """Clips at `starts`, from one open file, equal those picked from the decode of the whole file."""
+    with VideoFile(path) as file:
+        for k, start in enumerate(starts):
+            fps = (8, 16, 30, 60)[k % 4]
+            clip = file.read(video_start=start, video_seconds=0.5, fps=fps)
+            targets = start + np.arange(round(0.5 * fps)) / fps
+            nearest = np.abs(times - targets[:, None]).argmin(1)
+            np.testing.assert_allclose(clip.frame_times, times[nearest], atol=1e-6)
+            for i in (0, len(targets) // 2, len(targets) - 1):
+                expected = np.rot90(frames[nearest[i]].to_ndarray(format="rgb24"), rotation // 90)
+                assert np.array_equal(clip.frames[i], expected), (start, fps, i)
+
+
+def assert_audio_equals_whole(path, starts, rate, tolerance=1e-3):
+    """Clips at `starts` equal the whole file's samples; half an output sample of shift is left to rounded stamps."""
+    first = probe(path).audio.start
+    whole = read_clip(path, sample_rate=rate).waveform
+    with VideoFile(path) as file:
+        for start in starts:
+            clip = file.read(audio_start=start, audio_seconds=0.5, sample_rate=rate)
+            assert len(clip.waveform) == round(0.5 * rate) and clip.sample_rate == rate
+            at = round(start * rate) - round(first * rate)
+            np.testing.assert_allclose(clip.waveform, whole[at : at + len(clip.waveform)], atol=tolerance)
+
+
+# Video
+
+
+def test_clips_equal_a_full_decode(media):
+    times, frames = decode_all(media)
+    starts = np.random.default_rng(0).uniform(times[0] - 0.2, times[-1] - 0.1, 12)
+    assert_nearest(media, times, frames, starts)
+
+
+def test_whole_file_shows_every_frame_in_order(media, frame_index):
+    clip = read_clip(media)
+    times, frames = decode_all(media)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(len(frames)))
+    np.testing.assert_allclose(clip.frame_times, times)
+    assert clip.frames.dtype == np.uint8 and clip.frame_times.dtype == np.float64
+
+
+def test_frames_are_those_nearest_in_time(video, frame_index):
+    clip = read_clip(video, video_start=1.03, video_seconds=1.0, fps=10)
+    expected = [round((1.03 + i / 10) * 25) for i in range(10)]
+    assert [frame_index(frame) for frame in clip.frames] == expected
+    assert clip.waveform.shape == (0,) and clip.sample_rate == 0
+
+
+def test_of_two_equally_near_frames_the_earlier(video, frame_index):
+    clip = read_clip(video, video_start=1.02, video_seconds=0.16, fps=25)
+    assert [frame_index(frame) for frame in clip.frames] == [25, 26, 27, 28]
+
+
+def test_variable_rate_and_long_gaps(tmp_path, make_video, frame_index):
+    times = np.cumsum(np.random.default_rng(3).choice([0.01, 0.03, 0.1, 0.9], 40))
+    path = make_video(tmp_path / "vfr.mp4", vfr_times=times.tolist(), gop=250, bframes=3, audio_rate=None)
+    for start in np.linspace(times[0], times[-1] - 1, 15):
+        clip = read_clip(path, video_start=start, video_seconds=1.0, fps=20)
+        targets = start + np.arange(20) / 20
+        assert [frame_index(f) for f in clip.frames] == np.abs(times - targets[:, None]).argmin(1).tolist()
+
+
+def test_skipping_is_used_and_changes_nothing(video):
+    times, frames = decode_all(video)
+    starts = np.random.default_rng(1).uniform(0, 3.5, 20)
+    assert_nearest(video, times, frames, starts)
+    with VideoFile(video) as file:
+        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=True, skip_before=3.5)
+        decoded = [time for time, _ in run]
+    assert len(decoded) < 70 and decoded[-21:] == times[-21:].tolist(), "100 frames; all from 3.15 s on"
+
+
+def test_each_chosen_frame_is_converted_once(video, monkeypatch):
+    class Counting:
+        calls = 0
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def reformat(self, *args, **kwargs):
+            Counting.calls += 1
+            return self.inner.reformat(*args, **kwargs)
+
+    with VideoFile(video) as file:
+        monkeypatch.setattr(file, "_reformatter", Counting(file._reformatter))
+        clip = file.read(video_start=1, video_seconds=1, fps=100)
+    assert len(clip.frames) == 100 and Counting.calls == len(np.unique(clip.frame_times)) == 26
+
+
+def test_short_video_repeats_its_borders(tmp_path, make_video, frame_index):
+    path = make_video(tmp_path / "short.mp4", seconds=0.2, audio_rate=None)
+    clip = read_clip(path, video_start=-0.2, video_seconds=1.0, fps=10)
+    assert [frame_index(f) for f in clip.frames] == [0, 0, 0, 2, 4, 4, 4, 4, 4, 4]
+    assert (clip.frame_times[-5:] == clip.frame_times[-1]).all()
+
+
+def test_one_frame(tmp_path, make_video):
+    path = make_video(tmp_path / "one.mp4", seconds=0.04, audio_rate=None)
+    assert read_clip(path).frames.shape == (1, 48, 64, 3)
+    assert read_clip(path, video_start=0, video_seconds=1, fps=16).frames.shape == (16, 48, 64, 3)
+
+
+def test_all_frames_of_a_window(video, frame_index):
+    clip = read_clip(video, video_start=1.0, video_seconds=0.4)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(25, 35))
+    clip = read_clip(video, video_start=3.6)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(90, 100))
+    with pytest.raises(DecodeError, match="no frame there"):
+        read_clip(video, video_start=7.0, video_seconds=0.4)
+
+
+def test_rate_without_an_end(video, frame_index):
+    clip = read_clip(video, fps=5)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(0, 100, 5))
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotated_video_is_upright(tmp_path, make_video, frame_index, degrees):
+    path = make_video(tmp_path / "turned.mp4", rotation=degrees, seconds=0.4, audio_rate=None)
+    info = probe(path).video
+    assert (info.rotation, info.width, info.height) == (degrees, *((48, 64) if degrees % 180 else (64, 48)))
+    clip = read_clip(path)
+    assert clip.frames.shape == (10, info.height, info.width, 3)
+    stored = [np.rot90(frame, -degrees // 90) for frame in clip.frames]
+    assert [frame_index(frame) for frame in stored] == list(range(10))
+
+
+def test_seek_and_reading_order_do_not_matter(video):
+    arguments = {"audio_seconds": 0.5, "sample_rate": 16000, "video_seconds": 0.5, "fps": 16}
+    starts = (2.0, 0.0, 3.2, 1.1, 2.0)
+    with VideoFile(video) as file:
+        together = [file.read(video_start=s, audio_start=s + 0.1, **arguments) for s in starts]
+    for clip, start in zip(together, starts, strict=True):
+        alone = read_clip(video, video_start=start, video_seconds=0.5, fps=16)
+        sound = read_clip(video, audio_start=start + 0.1, audio_seconds=0.5, sample_rate=16000)
+        assert np.array_equal(clip.frames, alone.frames) and np.array_equal(clip.waveform, sound.waveform)
+
+
+# Audio
+
+
+def test_audio_clips_equal_the_whole(media):
+    info = probe(media).audio
+    if info is None:
+        with pytest.raises(DecodeError, match="no audio stream"):
+            read_clip(media, audio_start=0, audio_seconds=1)
+        return
+    starts = np.random.default_rng(0).uniform(info.start + 0.1, info.start + info.duration - 0.6, 6)
+    tolerance = 0.15 if media.suffix in (".mkv", ".webm") else 1e-3  # a chirp of up to 1.1 kHz, a sample early or late
+    for rate in (16000, 44100, info.sample_rate):
+        assert_audio_equals_whole(media, starts, rate, tolerance)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("start", [0.75, 1.0, 1.23456, 2.0])
+@pytest.mark.parametrize("name", ["aac.mp4", "pcm.mov"])
+def test_samples_lie_at_their_time(tmp_path_factory, make_video, chirp, name, start, rate):
+    path = tmp_path_factory.getbasetemp() / name
+    if not path.exists():
+        codec = {"audio_codec": "pcm_s16le"} if name == "pcm.mov" else {}
+        make_video(path, seconds=3, video_start=0.5, audio_start=0.7, audio_rate=32000, layout="stereo", **codec)
+    clip = read_clip(path, audio_start=start, audio_seconds=0.5, sample_rate=rate)
+    expected = chirp(round(start * rate) / rate + np.arange(round(0.5 * rate)) / rate)
+    assert clip.waveform.dtype == np.float32 and clip.waveform.shape == expected.shape
+    inner = slice(rate // 20, None)  # AAC needs a moment after the first sample
+    np.testing.assert_allclose(clip.waveform[inner], expected[inner], atol=0.02)  # a sample early: 0.1
+
+
+def test_outside_the_stream_is_silence(video, chirp):
+    clip = read_clip(video, audio_start=-1.0, audio_seconds=6.0, sample_rate=16000)
+    assert clip.waveform.shape == (96000,)
+    assert np.abs(clip.waveform[:15900]).max() < 1e-3 and np.abs(clip.waveform[82000:]).max() < 1e-3
+    np.testing.assert_allclose(clip.waveform[17000:79000], chirp(np.arange(1000, 63000) / 16000), atol=0.02)
+    assert not read_clip(video, audio_start=9.0, audio_seconds=0.5).waveform.any()
+
+
+@pytest.mark.parametrize("layout", ["stereo", "5.1"])
+def test_mono_mix_keeps_the_level(tmp_path, make_video, chirp, layout):
+    path = make_video(tmp_path / "wide.mov", audio_codec="pcm_s16le", audio_rate=48000, layout=layout, video=False)
+    waveform = read_clip(path).waveform
+    np.testing.assert_allclose(waveform, chirp(np.arange(len(waveform)) / 48000), atol=1e-3)
+
+
+def test_gaps_are_zeros_and_overlaps_are_trimmed():
+    ones = np.ones(100, np.float32)
+    pieces = [(0.0, ones), (0.1, 2 * ones), (0.5, 3 * ones), (0.55, 4 * ones)]
+    cut = decoding._cut([(t, s / 8) for t, s in pieces], 1000, 0.0, 1000, 700) * 8
+    expected = np.concatenate([ones, 2 * ones, 0 * ones, 0 * ones, 0 * ones, 3 * ones, 4 * ones[:50], 0 * ones[:50]])
+    np.testing.assert_array_equal(cut, expected)
+
+
+def test_rounded_stamps_make_no_gaps():
+    rate, size = 44100, 1024
+    signal = np.sin(np.arange(50 * size) / 30).astype(np.float32) / 2
+    pieces = [(round(k * size / rate, 3), signal[k * size : (k + 1) * size]) for k in range(50)]
+    cut = decoding._cut(pieces, rate, 0.2, rate, 20000)
+    shift = min(range(-30, 31), key=lambda s: np.abs(cut - signal[8820 + s :][:20000]).max())
+    assert np.array_equal(cut, signal[8820 + shift :][:20000]) and abs(shift) <= 3
+
+
+# What a file is, and what it is not
+
+
+def test_probe_tells_streams_without_decoding(tmp_path, make_video, monkeypatch):
+    path = make_video(tmp_path / "start.mp4", seconds=2, video_start=1.0, audio_start=0.5, audio_codec="aac")
+    monkeypatch.setattr(decoding._Run, "__iter__", None)
+    info = probe(str(path))
+    assert info.path == str(path) and info.video.codec == "h264" and info.audio.codec == "aac"
+    assert (info.video.start, info.video.duration, info.video.fps, info.video.frames) == (1.0, 2.0, 25.0, 50)
+    assert info.audio.start == pytest.approx(0.5, abs=0.07) and info.audio.duration == pytest.approx(2, abs=0.07)
+    assert (info.audio.sample_rate, info.audio.channels) == (16000, 1)
+
+
+def test_a_stream_that_is_missing(tmp_path, make_video):
+    silent = make_video(tmp_path / "silent.mp4", audio_rate=None, seconds=0.4)
+    deaf = make_video(tmp_path / "blind.m4a", video=False, seconds=0.4)
+    assert read_clip(silent).waveform.shape == (0,) and read_clip(deaf).frames.shape == (0, 0, 0, 3)
+    for path, arguments in ((silent, {"sample_rate": 16000}), (silent, {"audio_start": 0}), (deaf, {"fps": 8})):
+        with pytest.raises(DecodeError, match="no (audio|video) stream") as caught:
+            read_clip(path, **arguments)
+        assert str(path) in str(caught.value)
+
+
+def test_cover_art_is_no_video(tmp_path):
+    path = tmp_path / "song.mp3"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("mp3", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(picture) + cover.encode(None))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        container.mux(sound.encode(silence) + sound.encode(None))
+    assert probe(path).video is None
+    assert not read_clip(path).waveform.any()
+
+
+def test_what_is_no_media(tmp_path):
+    text = "a text of several lines\n" * 50
+    for name in ("notes.txt", "clip.mp4", "table.csv", "code.py", "movie.avi", "page.m3u8"):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    began = time.monotonic()
+    for path in [*sorted(tmp_path.iterdir()), tmp_path / "missing.mp4", "nul\0byte.mp4"]:
+        with pytest.raises(DecodeError) as caught:
+            read_clip(path)
+        message = str(caught.value)
+        assert str(path) in message and "found: " in message and "\n" not in message
+    assert time.monotonic() - began < 5
+
+
+def test_wrong_extension_and_odd_names_are_read(tmp_path, video):
+    for name in ("video.avi", "file:a%03d.mp4", "--id_#1 (2)!.mp4", "no-extension", os.fsdecode(b"latin\xe9.mp4")):
+        (tmp_path / name).write_bytes(video.read_bytes())
+        assert len(read_clip(tmp_path / name, video_start=0, video_seconds=0.2).frames) == 5
+
+
+def test_error_crosses_processes():
+    error = pickle.loads(pickle.dumps(DecodeError("a.mp4: asked for: open; found: nothing")))
+    assert isinstance(error, DecodeError) and str(error) == "a.mp4: asked for: open; found: nothing"
+
+
+BAD_ARGUMENTS = [{"fps": 0}, {"video_seconds": -1}, {"audio_start": float("nan")}, {"video_seconds": 0.1, "fps": 4}]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
+def test_arguments_are_checked(video, arguments):
+    with pytest.raises(ValueError, match="must be"):
+        read_clip(video, **arguments)
+
+
+# Damage
+
+
+def damage(path, kind, start, stop):
+    """Overwrite the packets of one stream whose times lie between `start` and `stop` seconds."""
+    with av.open(str(path)) as container:
+        stream = getattr(container.streams, kind)[0]
+        packets = [p for p in container.demux(stream) if p.size and start <= p.pts * p.time_base < stop]
+        places = [(packet.pos, packet.size) for packet in packets]
+    data = bytearray(path.read_bytes())
+    for position, size in places:
+        data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+
+
+def test_truncated_file(tmp_path, make_video, frame_index):
+    path = make_video(tmp_path / "cut.mkv", seconds=8, audio_codec="pcm_s16le")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    whole = read_clip(path)
+    assert 80 < len(whole.frames) < 120 and 3.2 < len(whole.waveform) / 16000 < 4.8
+    sure = len(whole.frames) - 4  # the cut may go through the last B-frames
+    assert [frame_index(frame) for frame in whole.frames[:sure]] == list(range(sure))
+    assert len(read_clip(path, video_start=2, video_seconds=1, fps=8).frames) == 8
+    for arguments in ({"video_start": 6, "fps": 8, "video_seconds": 1}, {"audio_start": 6, "audio_seconds": 1}):
+        with pytest.raises(DecodeError, match=r"of the 8\.000 s declared"):
+            read_clip(path, **arguments)
+
+
+def test_damaged_video_in_the_middle(tmp_path, make_video, capfd):
+    path = make_video(tmp_path / "hole.mp4", seconds=8, gop=25)
+    damage(path, "video", 3, 6)
+    assert len(read_clip(path, video_start=1, video_seconds=1, fps=16).frames) == 16
+    assert len(read_clip(path, video_start=6.5, video_seconds=1, fps=16).frames) == 16
+    with pytest.raises(DecodeError, match="packets around 4.* do not decode"):
+        read_clip(path, video_start=4, video_seconds=1, fps=16)
+    assert 100 < len(read_clip(path).frames) < 150
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_audio(tmp_path, make_video, chirp):
+    path = make_video(tmp_path / "hole.mp4", seconds=6)
+    damage(path, "audio", 2, 5)
+    with pytest.raises(DecodeError, match="packets around .* do not decode"):
+        read_clip(path, audio_start=3, audio_seconds=1)
+    clip = read_clip(path, video_start=3, video_seconds=1, fps=8)
+    assert len(clip.frames) == 8 and clip.waveform.shape == (0,)
+    sound = read_clip(path, audio_start=0.5, audio_seconds=1).waveform
+    np.testing.assert_allclose(sound, chirp(0.5 + np.arange(16000) / 16000), atol=0.01)
+    damage(path, "audio", -1, 9)
+    with pytest.raises(DecodeError, match="no samples"):
+        read_clip(path)
+
+
+def resident_megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc to read the resident memory")
+def test_opening_leaks_nothing(tmp_path, make_video):
+    path = make_video(tmp_path / "tiny.mp4", seconds=1, size=(32, 32))
+    handles = len(os.listdir("/proc/self/fd"))
+    for k in range(2300):
+        with VideoFile(path) as file:
+            file.read(video_start=0.5, video_seconds=0.1, fps=10, audio_start=0.5, audio_seconds=0.1)
+        if k == 300:
+            before = resident_megabytes()
+    assert resident_megabytes() - before < 20
+    assert len(os.listdir("/proc/self/fd")) <= handles
+
+
+# Real files
+
+UNREADABLE = {"test-unsupported.avi": "no stream that can be decoded"}
+
+
+def real_files(root):
+    files = [p for p in sorted((root / "fixtures").rglob("*.*")) if p.suffix != ".txt" and p.is_file()]
+    return files + sorted((root / "vggsound-clips").rglob("*.mp4"))[:2]
+
+
+def test_real_files(clips_root):
+    files = real_files(clips_root)
+    assert len(files) > 15
+    rng = np.random.default_rng(5)
+    for path in files:
+        if path.name in UNREADABLE:
+            with pytest.raises(DecodeError, match=UNREADABLE[path.name]):
+                read_clip(path)
+            continue
+        info = probe(path)
+        if info.video is not None:
+            times, frames = decode_all(path)
+            starts = [times[0] - 0.1037, *rng.uniform(times[0], times[-1], 4)]
+            assert_nearest(path, times, frames, starts, info.video.rotation)
+        if info.audio is not None:
+            with VideoFile(path) as file:  # sound first, then pictures
+                file.read(audio_seconds=0.1)
+                if info.video is not None:
+                    clip = file.read(video_start=times[-1] / 2 + 0.001, video_seconds=0.1, fps=10)
+                    nearest = frames[np.abs(times - times[-1] / 2 - 0.001).argmin()].to_ndarray(format="rgb24")
+                    assert np.array_equal(clip.frames[0], np.rot90(nearest, info.video.rotation // 90))
+            starts = rng.uniform(info.audio.start + 0.1, info.audio.start + info.audio.duration - 0.7, 3)
+            assert_audio_near_whole(path, starts.clip(info.audio.start))
+
+
+def assert_audio_near_whole(path, starts, block=0.002):
+    """As `assert_audio_equals_whole`, but the samples may lie up to `block` seconds early or late (rounded stamps)."""
+    whole = read_clip(path, sample_rate=16000).waveform
+    first = probe(path).audio.start
+    for start in starts:
+        clip = read_clip(path, audio_start=start, audio_seconds=0.5, sample_rate=16000).waveform[200:-200]
+        at = round(start * 16000) - round(first * 16000) + 200
+        reach = round(block * 16000)
+        errors = [np.abs(clip - whole[at + s : at + s + len(clip)]).max() for s in range(-min(reach, at), reach + 1)]
+        assert min(errors) < max(0.01, 0.3 * np.abs(clip).max()), (path.name, start)
+        if path.suffix in (".mp4", ".avi"):
+            assert errors[min(reach, at)] < 2e-3, (path.name, start)

@@ -1,0 +1,258 @@
+"""main-ssl.py as a user runs it: real files, real processes, real kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from utils import checkpoint
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPT = REPO / "main-ssl.py"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    """Ten short videos with sound, one of them without."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    return root
+
+
+@pytest.fixture
+def config(tmp_path, videos):
+    """A configuration that trains in seconds; returns a writer of variants."""
+
+    def write(name="tiny", **changes):
+        cfg = {
+            "num_workers": 1,
+            "print_freq": 1,
+            "save_every_minutes": 1e-9,  # at every step
+            "max_bad_fraction": 0.2,
+            "cache_dir": str(tmp_path / "cache"),
+            "dataset": {
+                "name": "folder",
+                "root": str(videos),
+                "holdout_every": 5,
+                "batch_size": 4,
+                "video_clip_duration": 0.25,
+                "video_fps": 16,
+                "crop_size": 32,
+                "transforms": "msc+color",
+                "audio_clip_duration": 0.5,
+                "spec_params": {"n_fft": 256, "hop_length": 128, "n_mels": 32},
+                "train": {"split": "train", "use_augmentation": True, "drop_last": True, "clips_per_video": 2},
+                "test": {"split": "test"},
+            },
+            "optimizer": {"num_epochs": 2, "lr": {"base_lr": 0.001, "milestones": [1], "gamma": 0.5}},
+            "model": {
+                "name": name,
+                "model_dir": str(tmp_path / "runs"),
+                "arch": "av_wrapper",
+                "args": {"proj_dim": [32, 32, 16], "video_backbone_args": {"depth": 10}},
+            },
+            "loss": {"name": "xID", "args": {"num_negatives": 6, "q": 0.001}},
+        }
+        for key, value in changes.items():
+            section = cfg
+            *parents, last = key.split("__")
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(cfg))
+        return file
+
+    write.folder = lambda name="tiny": tmp_path / "runs" / name
+    return write
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(*arguments, launcher=()):
+    return [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
+
+
+def run(*arguments, launcher=(), status=0):
+    done = subprocess.run(command(*arguments, launcher=launcher), capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def final(folder):
+    return checkpoint.load(folder / checkpoint.LATEST)
+
+
+def equal(a, b):
+    """Whether two states are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "bad_videos", "epoch", "step")
+
+
+def differences(a, b):
+    return [part for part in TRAINED if not equal(a[part], b[part])]
+
+
+def test_a_run_writes_what_it_promises(config):
+    file = config(monitor_every=1)
+    output = run(file).stdout
+    for words in (
+        "---- Data",
+        "8 videos",
+        "AVWrapper",
+        "left",
+        "clips_per_s",
+        "wait_share",
+        "held out, after 2 epochs",
+    ):
+        assert words in output
+    folder = config.folder()
+    names = {path.name for path in folder.iterdir()}
+    assert {"checkpoint.pth.tar", "checkpoint-previous.pth.tar", "checkpoint-ep1.pth.tar", "config.yaml"} <= names
+    assert {"metrics.jsonl", "runs.jsonl", "tensorboard", "train.log"} <= names
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["group"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 9))
+    assert {"loss", "lr", "q", "pos_cos", "neg_cos", "video_spread", "audio_spread", "grad_norm"} <= train[0].keys()
+    assert train[0]["lr"] == 0.001 and train[-1]["lr"] == 0.0005
+    assert train[0]["q"] == 0.001 and train[-1]["q"] == 0.4
+    assert [line["epoch"] for line in lines if line["group"] == "retrieval"] == [0, 1, 2]
+    state = final(folder)
+    assert state["epoch"] == 2 and state["train_criterion"]["nce_average.view1_mem"].shape == (8, 16)
+    again = run(file).stdout
+    assert "going on from" in again and "2 epochs done" in again
+    quiet = run(file, "--quiet", "--set", "test_only=true").stdout
+    assert quiet == ""
+
+
+def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
+    run(config("whole"))
+    whole = final(config.folder("whole"))
+    file, folder = config("killed"), config.folder("killed")
+    rng = random.Random(0)
+    for kill_at in sorted(rng.sample(range(1, 8), 5)):
+        process = subprocess.Popen(command(file), env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
+        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "going on from" in run(file).stdout
+    assert differences(final(folder), whole) == []
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def test_two_processes_by_every_launcher(config):
+    """Each way of starting two processes trains; BN keeps statistics of its own rank, so weights differ from one's."""
+    one = run(config("spawned"), "--multiprocessing-distributed", "--nproc", 2)
+    assert "2 processes" in one.stdout
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
+    run(config("torchrun"), launcher=(*torchrun, "--rdzv-endpoint=localhost:0"))
+    assert differences(final(config.folder("spawned")), final(config.folder("torchrun"))) == []
+    file = config("nodes")
+    shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517", "--multiprocessing-distributed", "--nproc", 1)
+    first = subprocess.Popen(command(file, *shared, "--rank", 0), env=ENV, stdout=subprocess.PIPE, text=True)
+    run(file, *shared, "--rank", 1)
+    assert "2 processes" in first.communicate(timeout=120)[0] and first.returncode == 0
+    assert differences(final(config.folder("nodes")), final(config.folder("torchrun"))) == []
+
+
+def test_accumulation_draws_the_same_clips(config):
+    file = config("parts", accumulate=2)
+    run(file)
+    parts = (config.folder("parts") / "metrics.jsonl").read_text().count("\n")
+    assert parts == 8
+
+
+def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
+    bad = videos / "clip7.mp4"
+    good = bad.read_bytes()
+    try:
+        bad.write_bytes(good[: len(good) // 3])
+        run(config("bad"))
+        rows = (config.folder("bad") / "bad-videos.csv").read_text().splitlines()
+        assert rows[0] == "file,reason,count" and len(rows) == 2
+        assert rows[1].startswith("clip7.mp4,") and rows[1].endswith(",4")  # 2 epochs x 2 clips
+        error = run(config("strict", max_bad_fraction=0.05), status=2).stderr
+        assert "max_bad_fraction" in error and "bad-videos.csv" in error and error.count("\n") == 1
+    finally:
+        bad.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"dataset__root": None}, (), "dataset.root is not set"),
+        ({"dataset__root": "/nowhere"}, (), "/nowhere: no such folder"),
+        ({"dataset__batch_size": 64}, (), "more than the 16 clips of an epoch"),
+        ({"loss__args__num_instances": 3}, (), "fewer than the 8 training videos"),
+        ({"loss__name": "VICLoss", "loss__args": {}}, (), "main-vicreg.py"),
+        ({"precision": "fp16"}, (), "precision: fp16 needs a GPU"),
+        ({}, ("--gpu", 0), "--gpu 0: 0 GPUs are visible"),
+        ({}, ("--world-size", 2, "--rank", 5), "--rank 5: with --world-size 2 expected 0 to 1"),
+        ({}, ("--world-size", 2, "--rank", 1), "--dist-url"),
+        ({}, ("--distributed", "--nproc", 3), "does not divide into 3 processes"),
+        ({}, ("--distributed", "--dist-backend", "nccl"), "nccl"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(config, changes, arguments, words):
+    done = run(config(**changes), *arguments, status=2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_unreadable_data_end_in_one_line(config, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no video" in run(config(dataset__root=str(empty)), status=2).stderr
+    for i in range(12):
+        (empty / f"text{i}.mp4").write_text("this is no video")
+    error = run(config(dataset__root=str(empty)), status=2).stderr
+    assert "none of 9 videos could be read" in error and error.count("\n") == 1
+
+
+def test_another_configuration_or_list_is_refused(config, videos, make_video):
+    file = config()
+    run(file)
+    error = run(file, "--set", "model.args.video_backbone_args.depth=18", status=2).stderr
+    assert "depth was 10, is 18" in error and error.count("\n") == 1
+    error = run(file, "--set", "optimizer.lr.base_lr=0.1", status=2).stderr
+    assert "optimizer.lr.base_lr was 0.001, is 0.1" in error
+    run(file, "--set", "print_freq=2", "--set", "num_workers=0")  # leaves the meaning alone
+    extra = make_video(videos / "another.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    try:
+        assert "files were added, removed or renamed" in run(file, status=2).stderr
+    finally:
+        Path(extra).unlink()
+
+
+def test_weights_and_bank_of_another_run(config):
+    run(config("first", optimizer__num_epochs=1, optimizer__lr__milestones=[]))
+    stored = str(config.folder("first") / "checkpoint.pth.tar")
+    file = config("second", model__args__checkpoint=stored, loss__args__checkpoint=stored)
+    output = run(file, "--set", "optimizer.num_epochs=1").stdout
+    assert f"weights from {stored}" in output and f"memory bank from {stored}" in output
+    error = run(config("third", model__args__checkpoint=stored, model__args__proj_dim=[32, 16]), status=2).stderr
+    assert "video_proj.projection" in error and "does not fit AVWrapper" in error and error.count("\n") == 1

@@ -1,0 +1,97 @@
+"""Two gloo processes with half the batch each train as one process with the whole batch does."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from criterions import build_criterion
+from models import build_model
+from utils.distributed import all_reduce_sum, gather, gather_objects, gather_with_grad, rank, world_size, wrap
+from utils.optim import build_optimizer
+
+STEPS, BATCH, INSTANCES = 5, 8, 20
+MODEL = {
+    "arch": "av_wrapper",
+    "args": {
+        "proj_dim": [32, 32, 16],
+        "video_backbone": "R2Plus1d",
+        "video_backbone_args": {"depth": 10},
+        "audio_backbone": "Conv2DNet",
+        "audio_backbone_args": {"depth": 10},
+    },
+}
+OPTIMIZER = {"name": "adam", "weight_decay": 1e-5, "betas": [0.9, 0.999], "lr": {"base_lr": 1e-3}}
+
+
+def start(own_rank, processes, file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=processes)
+
+
+def train(hard_negatives):
+    """Five steps in float64 with BN in eval mode (torch's SyncBN needs a GPU); losses, weights and bank afterwards."""
+    torch.manual_seed(0)
+    model = build_model(MODEL).double().eval()
+    loss = {"name": "xID", "args": {"num_negatives": 12, "q": 0.1, "N_hard": hard_negatives, "s": 4, "s_prime": 4}}
+    loss["args"]["hard_neg_epoch"] = 0
+    criterion = build_criterion(loss, INSTANCES, 16).double().train()
+    optimizer = build_optimizer(OPTIMIZER, model)
+    net = wrap(model, False, torch.device("cpu"))
+    data = torch.Generator().manual_seed(1)
+    share = BATCH // world_size()
+    losses = []
+    for _ in range(STEPS):
+        video = torch.randn(BATCH, 3, 2, 16, 16, generator=data, dtype=torch.float64)
+        audio = torch.randn(BATCH, 1, 16, 16, generator=data, dtype=torch.float64)
+        index = torch.randint(INSTANCES, (BATCH,), generator=data)
+        own = slice(rank() * share, (rank() + 1) * share)
+        value = criterion(*net(video[own], audio[own]), index[own])
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(all_reduce_sum(value).item() / world_size())
+    return losses, model.state_dict(), criterion.state_dict()
+
+
+def train_as_one_of_two(own_rank, file, hard_negatives, answer):
+    start(own_rank, 2, file)
+    result = train(hard_negatives)
+    if own_rank == 0:
+        torch.save(result, answer)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("hard_negatives", [None, 6])
+def test_two_processes_train_as_one(tmp_path, hard_negatives):
+    answer = tmp_path / "answer.pt"
+    mp.spawn(train_as_one_of_two, (tmp_path / "meet", hard_negatives, answer), nprocs=2)
+    losses, weights, bank = torch.load(answer)
+    one_losses, one_weights, one_bank = train(hard_negatives)
+    assert len(set(one_losses)) == STEPS
+    torch.testing.assert_close(losses, one_losses, atol=1e-5, rtol=0)
+    for two, one in ((weights, one_weights), (bank, one_bank)):
+        assert two.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def use_helpers(own_rank, file):
+    start(own_rank, 2, file)
+    own = torch.arange(3.0) + 10 * own_rank
+    assert gather(own.view(3, 1)).flatten().tolist() == [0, 1, 2, 10, 11, 12]
+    assert all_reduce_sum(own).tolist() == [10, 12, 14] and own.tolist() == [10 * own_rank + i for i in range(3)]
+    assert gather_objects({"rank": own_rank}) == [{"rank": 0}, {"rank": 1}]
+    own.requires_grad_()
+    weights = torch.arange(6.0) * (1 + own_rank)  # each rank weighs the gathered rows in its own way
+    (gather_with_grad(own) * weights).sum().backward()
+    assert own.grad.tolist() == [3 * (3 * own_rank + i) for i in range(3)]
+    dist.destroy_process_group()
+
+
+def test_helpers_with_and_without_a_group(tmp_path):
+    mp.spawn(use_helpers, (tmp_path / "meet",), nprocs=2)
+    own = torch.arange(3.0, requires_grad=True)
+    assert (rank(), world_size()) == (0, 1)
+    assert not gather(own).requires_grad and gather_with_grad(own) is own
+    assert gather_objects("here") == ["here"]

@@ -1,0 +1,96 @@
+"""utils.checkpoint: nothing is lost, nothing is half loaded."""
+
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.errors import UserError
+
+
+def state(value):
+    return {"epoch": value, "model": {"module.weight": torch.full((1000,), float(value))}, "train_criterion": {}}
+
+
+def test_save_keeps_the_one_before_and_milestones(tmp_path):
+    for value in (1, 2, 3):
+        checkpoint.save(tmp_path, state(value), keep_as="checkpoint-ep2.pth.tar" if value == 2 else None)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-ep2.pth.tar", "checkpoint-previous.pth.tar", "checkpoint.pth.tar"]
+    for name, value in zip(names, (2, 2, 3), strict=True):
+        assert checkpoint.load(tmp_path / name)["epoch"] == value
+
+
+def test_wrappers_leave_names_when_read(tmp_path):
+    checkpoint.save(tmp_path, {"model": {"module._orig_mod.a.weight": torch.ones(1), "b._orig_mod.c": torch.ones(1)}})
+    assert set(checkpoint.load(tmp_path / checkpoint.LATEST)["model"]) == {"a.weight", "b.c"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_latest_one_is_passed_over(tmp_path, damage, caplog):
+    checkpoint.save(tmp_path, state(1))
+    path = checkpoint.save(tmp_path, state(2))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        place = data.find(torch.full((8,), 2.0).numpy().tobytes())
+        data[place + 16] ^= 1
+    path.write_bytes(b"" if damage == "empty" else data[: len(data) // 2] if damage == "cut" else data)
+    with pytest.raises(UserError, match="checkpoint.pth.tar"):
+        checkpoint.load(path)
+    caplog.set_level("WARNING", "avssrl")
+    checkpoint.log.propagate = True
+    found, used = checkpoint.load_latest(tmp_path)
+    assert found["epoch"] == 1 and used.name == checkpoint.PREVIOUS
+    assert "checkpoint.pth.tar" in caplog.text
+    used.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="no good checkpoint"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoint.load_latest(tmp_path / "absent") is None
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
+    path = checkpoint.save(tmp_path, state(1))
+    path.rename(tmp_path / checkpoint.PREVIOUS)
+    assert checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path):
+    """A limit on the size of files fails writes as a full disk does."""
+    checkpoint.save(tmp_path, state(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="could not be saved.*untouched"):
+            checkpoint.save(tmp_path, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LATEST]
+
+
+def test_only_plain_data_is_read(tmp_path):
+    path = tmp_path / "evil.pth.tar"
+    torch.save({"model": nn.Linear(1, 1)}, path)
+    with pytest.raises(UserError, match="more than plain data"):
+        checkpoint.load(path)
+
+
+def test_weights_load_whole_or_not_at_all():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    good = {f"module.{name}": torch.zeros_like(value) for name, value in before.items()}
+    bad = dict(good)
+    bad.pop("module.1.bias")
+    bad |= {"module.extra": torch.ones(1), "module.0.weight": torch.ones(9, 9)}
+    with pytest.raises(UserError) as error:
+        checkpoint.load_weights(module, bad, "file.pth.tar")
+    for words in ("file.pth.tar", "1 missing: 1.bias", "1 unexpected: extra", "0.weight is (9, 9), expected (3, 2)"):
+        assert words in str(error.value)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    checkpoint.load_weights(module, good, "file.pth.tar")
+    assert all(not value.any() for value in module.state_dict().values())

@@ -1,0 +1,101 @@
+"""utils.config: what is refused, what is completed, and the thesis' files."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.config import load_config
+from utils.errors import UserError
+
+REPO = Path(__file__).resolve().parents[2]
+THESIS = REPO / "configs/VGGSound-N1024.yaml"
+
+
+def write(tmp_path, change):
+    raw = yaml.safe_load(THESIS.read_text())
+    change(raw)
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+def test_thesis_file_keeps_its_meaning():
+    cfg = load_config(THESIS)
+    raw = yaml.safe_load(THESIS.read_text())
+    for section in ("dataset", "optimizer", "model", "loss"):
+        for key, value in raw[section].items():
+            if not isinstance(value, dict):
+                assert cfg[section][key] == value
+    assert cfg["loss"]["args"]["q_max"] == 0.4 and cfg["loss"]["args"]["temperature"] == 0.07
+    assert cfg["model"]["args"]["proj_norm"] is None and cfg["dataset"]["color"] == [0.4, 0.4, 0.4, 0.2]
+    assert cfg["seed"] == 0 and cfg["accumulate"] == 1 and cfg["precision"] is None
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "configs").glob("**/*.yaml")), ids=lambda f: f.name)
+def test_every_shipped_file_loads(file):
+    load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataset.crop_sizee=3", ["dataset.crop_sizee", "did you mean crop_size?", "VGGSound-N1024.yaml"]),
+        ("optimiser.num_epochs=3", ["unknown key optimiser", "optimizer"]),
+        ("dataset.batch_size=many", ["dataset.batch_size", "a whole number", "'many'"]),
+        ("dataset.batch_size=true", ["dataset.batch_size", "a whole number", "True"]),
+        ("dataset.batch_size=0", ["dataset.batch_size", "above 0", "found 0"]),
+        ("dataset.batch_size=2.5", ["dataset.batch_size", "2.5"]),
+        ("loss.name=XID", ["loss.name", "xID, VICLoss"]),
+        ("loss.name=xid2", ["loss.name", "xID"]),
+        ("loss.args.num_negativs=3", ["loss.args.num_negativs", "num_negatives"]),
+        ("model.arch=av_wraper", ["model.arch", "did you mean av_wrapper?"]),
+        ("model.args.exp_dim=[1]", ["model.args.exp_dim", "proj_dim"]),
+        ("model.args.proj_dim=[a, b]", ["model.args.proj_dim", "whole numbers"]),
+        ("max_bad_fraction=2", ["max_bad_fraction", "from 0 to 1"]),
+        ("precision=fp64", ["precision", "fp32, tf32, bf16, fp16"]),
+        ("dataset.color=[1, 1]", ["dataset.color", "4 values"]),
+        ("dataset.train=3", ["dataset.train", "section"]),
+        ("resume", ["--set resume", "KEY=VALUE"]),
+    ],
+)
+def test_bad_values_are_named(override, words):
+    with pytest.raises(UserError) as error:
+        load_config(THESIS, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_key_is_named(tmp_path):
+    file = write(tmp_path, lambda raw: raw["optimizer"].pop("num_epochs"))
+    with pytest.raises(UserError, match="optimizer.num_epochs is missing.*whole number"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("- a\n", "mapping"), ("a: [", "YAML"), ("!!python/object:os.x {}", "YAML")]
+)
+def test_files_that_are_no_configuration(tmp_path, text, words):
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(file)
+    with pytest.raises(UserError, match="no such configuration"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_overrides_and_numbers_as_yaml_reads_them(tmp_path):
+    cfg = load_config(THESIS, ["optimizer.weight_decay=1e-6", "dataset.batch_size=16.0", "loss.args.N_hard=null"])
+    assert cfg["optimizer"]["weight_decay"] == 1e-6
+    assert cfg["dataset"]["batch_size"] == 16 and isinstance(cfg["dataset"]["batch_size"], int)
+    cfg = load_config(THESIS, ["dataset.root=/some/where", "dataset.train.clips_per_video=2"])
+    assert cfg["dataset"]["root"] == "/some/where" and cfg["dataset"]["train"]["clips_per_video"] == 2
+
+
+def test_a_resolved_configuration_is_a_configuration(tmp_path):
+    cfg = load_config(THESIS)
+    file = tmp_path / "resolved.yaml"
+    file.write_text(yaml.safe_dump(cfg))
+    assert load_config(file) == cfg

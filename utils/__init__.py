@@ -1,0 +1,1 @@
+"""What scripts, models, data sets and criterions share. Imports none of them."""

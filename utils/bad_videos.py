@@ -1,0 +1,83 @@
+"""Videos that could not be decoded: counted, named in a file, bounded."""
+
+import csv
+import logging
+import os
+from pathlib import Path
+
+from utils.distributed import gather_objects, is_main
+from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
+
+
+class BadVideos:
+    """The failures of a run, in `<folder>/bad-videos.csv` (file, reason, count).
+
+    Args:
+        folder: the run's.
+        most: share of an epoch's samples that may fail.
+        samples: samples in an epoch, over all processes.
+    """
+
+    def __init__(self, folder: Path, most: float, samples: int) -> None:
+        self.file = folder / "bad-videos.csv"
+        self.most, self.samples = most, samples
+        self._counts: dict[str, list] = {}
+        self._pending: list[tuple[str, str]] = []
+        self._epoch, self._in_epoch = 0, 0
+
+    def record(self, batch: dict) -> None:
+        """Note a batch's failures.
+
+        Raises:
+            UserError: a sample has nothing but failures: none of the videos that were tried for it could be read.
+        """
+        self._pending += batch["failures"]
+        if "frames" not in batch:
+            self._flush(self._pending)
+            name, reason = batch["failures"][-1]
+            raise UserError(f"no readable video: {len(batch['failures'])} in a row failed; last {name}: {reason}")
+
+    def collect(self, epoch: int) -> int:
+        """Bring the failures of all ranks together; every rank must call it. Returns the epoch's count.
+
+        Raises:
+            UserError: more than the allowed share of the epoch's samples failed.
+        """
+        pending = [failure for failures in gather_objects(self._pending) for failure in failures]
+        self._pending = []
+        if epoch != self._epoch:
+            self._epoch, self._in_epoch = epoch, 0
+        self._in_epoch += len(pending)
+        self._flush(pending)
+        if self._in_epoch > self.most * self.samples:
+            raise UserError(
+                f"{self._in_epoch} of the {self.samples} samples of epoch {epoch} could not be decoded, more than "
+                f"max_bad_fraction: {self.most:g} allows; see {self.file}"
+            )
+        return self._in_epoch
+
+    def state_dict(self) -> dict:
+        """For the checkpoint."""
+        return {"counts": self._counts, "epoch": self._epoch, "in_epoch": self._in_epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting where a checkpoint left off."""
+        self._counts = {name: list(entry) for name, entry in state["counts"].items()}
+        self._epoch, self._in_epoch = state["epoch"], state["in_epoch"]
+
+    def _flush(self, failures: list[tuple[str, str]]) -> None:
+        if not failures or not is_main():
+            return
+        for name, reason in failures:
+            if name not in self._counts:
+                log.warning("bad video, another takes its place: %s: %s", name, reason)
+            entry = self._counts.setdefault(name, [reason, 0])
+            entry[1] += 1
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", "reason", "count"])
+            rows.writerows([name, *entry] for name, entry in sorted(self._counts.items()))
+        os.replace(temporary, self.file)

@@ -1,0 +1,271 @@
+"""Checkpoints: written so that a crash at any moment leaves a good one, read so that nothing is half loaded.
+
+`RunCheckpoints` is what a script uses; the functions below it know nothing of runs.
+"""
+
+import logging
+import os
+import pickle
+import shutil
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.config import flatten
+from utils.distributed import is_main, world_size
+from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
+
+LATEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint-previous.pth.tar"
+WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
+
+
+FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go on under other values
+    "resume",
+    "test_only",
+    "num_workers",
+    "test_freq",
+    "print_freq",
+    "save_every_minutes",
+    "monitor_every",
+    "max_bad_fraction",
+    "cache_dir",
+    "dataset.root",
+    "dataset.test.",
+    "model.name",
+    "model.model_dir",
+    "model.args.checkpoint",
+    "loss.args.checkpoint",
+)
+
+
+class RunCheckpoints:
+    """A run's checkpoints: when to save, what a state holds, whether a stored one fits what is asked for now.
+
+    Args:
+        folder: the run's.
+        config: the resolved configuration.
+        videos: fingerprint of the training list, to which the rows of a memory bank belong.
+    """
+
+    def __init__(self, folder: Path, config: dict, videos: str) -> None:
+        self.folder, self.config, self.videos = folder, config, videos
+        self._last_save = time.monotonic()
+
+    def latest(self) -> dict | None:
+        """The state to go on from; None for a new run, or one with `resume: false`.
+
+        Raises:
+            UserError: it was made under another configuration or on other videos, or is damaged.
+        """
+        if not self.config["resume"]:
+            return None
+        found = load_latest(self.folder)
+        if found is None:
+            return None
+        state, path = found
+        changes = _changes(state.get("config", {}), self.config)
+        if changes:
+            raise UserError(
+                f"{path}: was made under another configuration ({_few(changes)}); go back to that one, or give "
+                "the run another model.name, or start it anew with --set resume=false"
+            )
+        if state.get("videos") != self.videos:
+            raise UserError(
+                f"{path}: was trained on list {state.get('videos')} of videos, and the one found now is {self.videos}: "
+                "files were added, removed or renamed, and the memory bank would not fit; restore them, or give the "
+                "run another model.name"
+            )
+        log.info("going on from %s: epoch %d, step %d", path, state["epoch"], state["step"])
+        if state["world_size"] != world_size():
+            log.warning("it ran on %d processes, now %d: not bit-exact from here", state["world_size"], world_size())
+        return state
+
+    def due(self) -> bool:
+        """Whether `save_every_minutes` have passed since the last save."""
+        return time.monotonic() - self._last_save > 60 * self.config["save_every_minutes"]
+
+    def save(self, parts: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
+        """Rank 0 saves each part's `state_dict` under its name, and the `values` (epoch, step, ...) as they are."""
+        self._last_save = time.monotonic()
+        if not is_main():
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"config": self.config, "videos": self.videos, "world_size": world_size()}
+        save(self.folder, state | values, keep_as)
+
+    def restore(self, state: Mapping, parts: Mapping[str, Any]) -> None:
+        """Load a state into the parts that made it, all names and shapes checked."""
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, state[name], f"{self.folder / LATEST} ({name})")
+            else:
+                part.load_state_dict(state[name])
+
+
+def _changes(stored: Mapping, now: Mapping) -> list[str]:
+    stored, now = flatten(stored), flatten(now)
+    return [
+        f"{key} was {stored.get(key)!r}, is {now.get(key)!r}"
+        for key in stored | now
+        if stored.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+
+
+def save(folder: str | Path, state: Mapping, keep_as: str | None = None) -> Path:
+    """Write `<folder>/checkpoint.pth.tar`: to a temporary name, flushed to disk, renamed; the one before is kept.
+
+    With `keep_as` the same file also gets that name, for good.
+
+    Raises:
+        UserError: it could not be written (a full disk, say). The last good checkpoint is untouched.
+    """
+    folder = Path(folder)
+    latest, temporary = folder / LATEST, folder / (LATEST + ".tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        if latest.exists():
+            os.replace(latest, folder / PREVIOUS)
+        os.replace(temporary, latest)
+        if keep_as is not None:
+            shutil.copyfile(latest, temporary)
+            os.replace(temporary, folder / keep_as)
+        _flush_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch answers a failed write with a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{latest}: could not be saved: {_one_line(error)}; the checkpoint before is untouched"
+        ) from error
+    return latest
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Only plain data is read (`weights_only`), and only if its checksums hold.
+
+    Names in `model` and `train_criterion` lose the `module.` and `_orig_mod.` that wrappers left.
+
+    Raises:
+        UserError: the file is missing, cut short, changed on disk, or holds more than plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    _check_sums(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint: {_one_line(error)}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds more than plain data and is not loaded: {_one_line(error)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: expected a dict with `model`, found {type(state).__name__}")
+    for part in ("model", "train_criterion"):
+        if isinstance(state.get(part), Mapping):
+            state[part] = unwrap_names(state[part])
+    return state
+
+
+def load_latest(folder: str | Path) -> tuple[dict, Path] | None:
+    """The newest good checkpoint of a run and its path; None for a run that has none.
+
+    A latest one that is damaged is passed over for the one before, with a warning.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged.
+    """
+    folder = Path(folder)
+    errors = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            state = load(path)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        for message in errors:
+            log.warning("%s. Going on from %s instead.", message, path.name)
+        return state, path
+    if errors:
+        raise UserError(f"no good checkpoint: {'; '.join(errors)}; move the files away to start anew")
+    return None
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str, optional: tuple = ()) -> None:
+    """Load `weights` into `module`, all of them or none.
+
+    Names of the module that end with one of `optional` may be missing from `weights`.
+
+    Raises:
+        UserError: names are missing or unexpected, or shapes differ; the message lists them and names `source`.
+    """
+    weights, own = unwrap_names(weights), module.state_dict()
+    missing = [name for name in own if name not in weights and not name.endswith(optional or ("\0",))]
+    unexpected = [name for name in weights if name not in own]
+    wrong = [
+        f"{name} is {_shape(weights[name])}, expected {_shape(own[name])}"
+        for name in own
+        if name in weights and _shape(own[name]) != _shape(weights[name])
+    ]
+    if missing or unexpected or wrong:
+        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
+        text = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in parts if names)
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
+    module.load_state_dict(dict(weights), strict=False)
+
+
+def unwrap_names(state: Mapping) -> dict:
+    """The same state, its names without what DDP and torch.compile put before them."""
+    return {_unwrap(name): value for name, value in state.items()}
+
+
+def _unwrap(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+    return name
+
+
+def _check_sums(path: Path) -> None:
+    """Compare each record with the CRC-32 that torch.save wrote beside it. Old formats, no zip files, pass."""
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty")
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            if bad is not None:
+                raise UserError(f"{path}: is damaged: checksum of {bad} does not hold")
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: is damaged or cut short: {_one_line(error)}") from None
+
+
+def _shape(value: object) -> tuple | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _few(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

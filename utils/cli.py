@@ -1,0 +1,56 @@
+"""Command lines: the options of the scripts, and how a script ends."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from utils.errors import RunFailed, UserError
+
+
+def pretraining_parser(description: str) -> argparse.ArgumentParser:
+    """The options of main-ssl.py and main-vicreg.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cfg", metavar="CFG", help="YAML configuration, such as configs/demo/xid.yaml")
+    add_common_options(parser)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options that all four scripts take. Each is spelt with dashes or with underscores."""
+    add = parser.add_argument
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG (dotted); repeatable")
+    add("--quiet", action="store_true", help="write to the log file only")
+    add("--seed", type=int, metavar="S", help="seed of weights, clips and negatives; default: the YAML's")
+    add("--gpu", type=int, metavar="ID", help="run on this GPU alone; default: the first, or the CPU without one")
+    group = parser.add_argument_group(
+        "several processes", "torchrun and Slurm (srun) need none of these: their environment variables are enough"
+    )
+    add = group.add_argument
+    add(
+        "--multiprocessing-distributed",
+        "--multiprocessing_distributed",
+        "--distributed",
+        dest="distributed",
+        action="store_true",
+        help="start one process a GPU of this node",
+    )
+    add("--nproc", type=int, metavar="N", help="processes on this node; default: its GPUs, 1 without a GPU")
+    add("--world-size", "--world_size", type=int, metavar="N", help="number of nodes; default: 1")
+    add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
+    add("--dist-url", "--dist_url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
+    add("--dist-backend", "--dist_backend", metavar="B", help="default: nccl on GPUs, gloo on CPUs")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`. A user's mistake ends in one line and exit status 2, a failed run in 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,328 @@
+"""YAML configurations: read safely, checked key by key, completed with defaults.
+
+The table of keys below is the whole truth about a configuration: a key that is not in it is an error before any work,
+and every key in it is read somewhere. Files written for the thesis' code load unchanged.
+"""
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key: what it may hold and what it holds when left out.
+
+    `kind` is a Python type; float also takes whole numbers and YAML's `1e-5`, which YAML reads as text. `items` is the
+    kind of a list's items. `check` answers True for a good value, and `allowed` says in words what that is.
+    """
+
+    kind: type
+    default: Any = REQUIRED
+    choices: tuple = ()
+    nullable: bool = False
+    items: type | None = None
+    check: Callable[[Any], bool] | None = None
+    allowed: str = ""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A section whose keys depend on the value of another key beside it, such as `loss.args` on `loss.name`."""
+
+    on: str
+    tables: Mapping[str, Mapping]
+
+
+def _positive(kind: type, default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(kind, default, nullable=nullable, check=lambda v: v > 0, allowed="above 0")
+
+
+def _at_least_0(kind: type, default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(kind, default, nullable=nullable, check=lambda v: v >= 0, allowed="0 or above")
+
+
+def _share(default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(float, default, nullable=nullable, check=lambda v: 0 <= v <= 1, allowed="from 0 to 1")
+
+
+def _one_of(*choices: Any, default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(type(choices[0]), default, choices=choices, nullable=nullable)
+
+
+def _list(items: type, default: Any = REQUIRED, length: int | None = None, nullable: bool = False) -> Key:
+    check = None if length is None else lambda v: len(v) == length
+    return Key(list, default, items=items, check=check, allowed=f"{length} values" if length else "", nullable=nullable)
+
+
+def _flag(default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(bool, default, nullable=nullable)
+
+
+def _text(default: Any = REQUIRED, nullable: bool = False) -> Key:
+    return Key(str, default, nullable=nullable)
+
+
+SPLIT = {
+    "split": _text(),
+    "use_augmentation": _flag(),
+    "drop_last": _flag(),
+    "clips_per_video": _positive(int, 1),
+    "video_only": _flag(False),
+    "return_labels": _flag(False),
+}
+
+DATASET = {
+    "name": _one_of("vggsound", "ucf101", "folder", "demo"),
+    "root": _text(None, nullable=True),
+    "batch_size": _positive(int),  # in total, over all processes
+    "video_clip_duration": _positive(float),  # seconds
+    "video_fps": _positive(float),  # Hz
+    "crop_size": _positive(int),  # pixels
+    "frame_size": _positive(int, None, nullable=True),  # pixels; null: 8/7 of crop_size, which is 256 for 224
+    "min_area": Key(float, 0.08, check=lambda v: 0 < v <= 1, allowed="above 0, at most 1"),
+    "aspect_ratio": _list(float, [3 / 4, 4 / 3], length=2),
+    "resize": _one_of("bilinear", "nearest", default="bilinear"),
+    "transforms": _one_of("msc+color", "crop+color"),
+    "color": _list(float, [0.4, 0.4, 0.4, 0.2], length=4),  # brightness, contrast, saturation, hue
+    "train": SPLIT,
+    "test": {**SPLIT, "use_augmentation": _flag(False), "drop_last": _flag(False), "split": _text("test")},
+    "list": _text(None, nullable=True),  # vggsound, train_subset: a file of names
+    "labels": _text(None, nullable=True),  # folder: a CSV file, relative to the root
+    "label_column": _text(None, nullable=True),  # folder: a column's name; null: the second
+    "holdout_every": _positive(int, None, nullable=True),  # folder: every Nth of the sorted names is held out
+    "fold": _positive(int, 1),  # ucf101: which of the published splits
+}
+
+AUDIO = {
+    "audio_clip_duration": _positive(float, 2.0),  # seconds
+    "audio_srate": _positive(int, 16000),  # Hz
+    "spec_params": {
+        "n_fft": _positive(int, 512),
+        "hop_length": _positive(int, 256),
+        "n_mels": _positive(int, 128),
+    },
+    "tfmask_params": {
+        "time_mask_ratio": _share(0.2),
+        "time_mask_size": _positive(int, 5),
+        "freq_mask_ratio": _share(0.2),
+        "freq_mask_size": _positive(int, 3),
+        "var_masks": _flag(True),
+    },
+}
+
+OPTIMIZER = {
+    "name": _one_of("adam", "adamw", "sgd", default="adam"),
+    "weight_decay": _at_least_0(float, 0.0),
+    "betas": _list(float, [0.9, 0.999], length=2),
+    "num_epochs": _positive(int),
+    "lr": {
+        "name": _one_of("multistep", "cosine", default="multistep"),
+        "base_lr": _positive(float),
+        "gamma": _positive(float, 1.0),
+        "milestones": _list(int, []),
+        "warmup_epochs": _at_least_0(float, 0.0),
+    },
+}
+
+_VIDEO_ARGS = {
+    "video_backbone": _one_of("R2Plus1d", default="R2Plus1d"),
+    "video_backbone_args": {"depth": _one_of(10, 18, 34, default=18)},
+    "checkpoint": _text(None, nullable=True),  # start from these weights
+}
+_AUDIO_ARGS = {
+    "audio_backbone": _one_of("Conv2DNet", default="Conv2DNet"),
+    "audio_backbone_args": {"depth": _one_of(10, default=10)},
+}
+MODEL_ARGS = {
+    "av_wrapper": {
+        "proj_dim": _list(int),
+        "proj_norm": _one_of("bn", default=None, nullable=True),
+        **_VIDEO_ARGS,
+        **_AUDIO_ARGS,
+    },
+    "vicreg_wrapper": {"exp_dim": _list(int), **_VIDEO_ARGS, **_AUDIO_ARGS},
+    "vicreg_v_wrapper": {"exp_dim": _list(int), **_VIDEO_ARGS},
+}
+
+LOSS_ARGS = {
+    "xID": {
+        "num_instances": _positive(int, None, nullable=True),
+        "num_negatives": _positive(int, 1024),
+        "momentum": _share(0.5),
+        "temperature": _positive(float, 0.07),
+        "q": _share(0.001),
+        "q_max": _share(0.4),
+        "lam": _positive(float, 0.01),
+        "hard_neg_epoch": _at_least_0(int, 10),
+        "N_hard": _at_least_0(int, None, nullable=True),
+        "s": _at_least_0(int, 512),
+        "s_prime": _at_least_0(int, 128),
+        "checkpoint": _text(None, nullable=True),  # start from that run's bank
+    },
+    "VICLoss": {
+        "sim_coeff": _at_least_0(float, 25.0),
+        "std_coeff": _at_least_0(float, 25.0),
+        "cov_coeff": _at_least_0(float, 1.0),
+    },
+}
+
+PRETRAINING = {
+    "resume": _flag(True),
+    "test_only": _flag(False),
+    "seed": _at_least_0(int, 0),
+    "num_workers": _at_least_0(int, 8),  # in total, over this node's processes
+    "test_freq": _positive(int, 1),  # save every so many epochs
+    "print_freq": _positive(int, 100),  # steps
+    "save_every_minutes": _positive(float, 15.0),
+    "monitor_every": _at_least_0(int, 0),  # held-out retrieval every so many epochs; 0: never
+    "precision": _one_of("fp32", "tf32", "bf16", "fp16", default=None, nullable=True),  # null: bf16 on a GPU, else fp32
+    "compile": _flag(None, nullable=True),  # null: on a GPU
+    "accumulate": _positive(int, 1),  # parts that a batch is cut into, one forward and backward pass each
+    "max_bad_fraction": _share(0.02),  # of an epoch's samples
+    "cache_dir": _text("cache"),
+    "dataset": {**DATASET, **AUDIO},
+    "optimizer": OPTIMIZER,
+    "model": {
+        "name": _text(),
+        "model_dir": _text("checkpoints"),
+        "arch": _one_of(*MODEL_ARGS),
+        "args": Switch("arch", MODEL_ARGS),
+    },
+    "loss": {"name": _one_of(*LOSS_ARGS), "args": Switch("name", LOSS_ARGS)},
+}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
+    """Read a YAML configuration, apply `KEY=VALUE` overrides (dotted keys), check it, fill in defaults.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping; a key is unknown (with the nearest known one), missing, of a
+            wrong type or outside its set. The message names key and file.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return _check_section(raw, PRETRAINING, "", str(path))
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one mapping of dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(raw: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {override}: expected KEY=VALUE, such as dataset.batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = name.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    section[last] = value
+
+
+def _check_section(raw: Any, table: Mapping, prefix: str, file: str) -> dict:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: {prefix[:-1]}: expected a section of keys, found {raw!r}")
+    for key in raw:
+        if key not in table:
+            raise UserError(f"{file}: unknown key {prefix}{key}; {_nearest(str(key), table)}")
+    checked = {}
+    for name, rule in table.items():
+        if isinstance(rule, Key):
+            checked[name] = _check_value(raw, name, rule, prefix, file)
+        elif isinstance(rule, Switch):
+            subtable = rule.tables[checked[rule.on]]
+            checked[name] = _check_section(raw.get(name), subtable, f"{prefix}{name}.", file)
+        else:
+            checked[name] = _check_section(raw.get(name), rule, f"{prefix}{name}.", file)
+    return checked
+
+
+def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any:
+    if name not in raw:
+        if rule.default is REQUIRED:
+            raise UserError(f"{file}: key {prefix}{name} is missing; it takes {_describe(rule)}")
+        return copy.deepcopy(rule.default)
+    value = raw[name]
+    if value is None and rule.nullable:
+        return None
+    converted = _convert(value, rule)
+    good = converted is not None and (not rule.choices or converted in rule.choices)
+    if not good or (rule.check is not None and not rule.check(converted)):
+        hint = _nearest(value, rule.choices) if rule.choices and isinstance(value, str) else ""
+        raise UserError(
+            f"{file}: {prefix}{name}: expected {_describe(rule)}, found {value!r}" + (f"; {hint}" if hint else "")
+        )
+    return converted
+
+
+def _convert(value: Any, rule: Key) -> Any:
+    """`value` as the kind that the rule asks for, or None where it is of another kind."""
+    if rule.kind is list:
+        if not isinstance(value, (list, tuple)):
+            return None
+        items = [_convert(item, Key(rule.items)) for item in value]
+        return None if any(item is None for item in items) else items
+    if rule.kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return None
+    if rule.kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, rule.kind) and not (rule.kind is int and isinstance(value, bool)):
+        return value
+    return None
+
+
+def _describe(rule: Key) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+    text = names[rule.kind]
+    if rule.choices:
+        text = "one of " + ", ".join(str(choice) for choice in rule.choices)
+    elif rule.kind is list:
+        text += f" of {'whole numbers' if rule.items is int else 'numbers' if rule.items is float else 'texts'}"
+    if rule.allowed:
+        text += f" {rule.allowed}" if rule.kind is not list else f" ({rule.allowed})"
+    return text + (" or null" if rule.nullable else "")
+
+
+def _nearest(name: str, known: Iterable) -> str:
+    known = [str(key) for key in known]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)

@@ -1,0 +1,261 @@
+"""Process groups: how a run's processes find each other, and helpers that also work where there is only one.
+
+`rank()`, `world_size()`, `is_main()`, `gather()` and their like never ask whether a process group exists: without one
+they answer for a single process.
+"""
+
+import argparse
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import RunFailed, UserError
+
+TIMEOUT = timedelta(minutes=30)  # of one collective call; rank 0 may be preparing data meanwhile
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process' number, 0 to world_size() - 1."""
+    return dist.get_rank() if _has_group() else 0
+
+
+def world_size() -> int:
+    """The number of processes in the run."""
+    return dist.get_world_size() if _has_group() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if _has_group():
+        dist.barrier()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate `x` (N, ...) of all ranks along the first dimension, in rank order: (W * N, ...). Passes no gradient.
+
+    Every rank must come with the same shape.
+    """
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = x.shape[0]
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        grad = all_reduce_sum(grad.contiguous())
+        start = rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """As `gather`, with gradients: the backward pass sums the gradients of all ranks and hands each rank its rows."""
+    return x if world_size() == 1 else _GatherWithGrad.apply(x)
+
+
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of `x` over all ranks, a new tensor without gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's `value`, on every rank (pickled on the way)."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's `value` (pickled on the way), in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrap(model: nn.Module, compiled: bool | None, device: torch.device) -> nn.Module:
+    """`model` as a training step calls it: compiled (None: on a GPU), and with several processes inside DDP.
+
+    The model itself is compiled in place, so its names stay as they are.
+    """
+    if device.type == "cuda" if compiled is None else compiled:
+        model.compile()
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run as one of them, or the one that starts them, sees it.
+
+    `local` is the number of processes to start here, None where a launcher (torchrun, Slurm, a person) starts each.
+    """
+
+    world_size: int
+    first_rank: int  # the rank of this node's first process, or of this process
+    local: int | None
+    local_rank: int
+    url: str
+    backend: str
+
+
+def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None:
+    """Run `worker(device, *args)` in each process that command line and environment ask for, as a process group.
+
+    Nothing set: this process alone, on the GPU if there is one. `--gpu N`: on that one. torchrun and Slurm: as one of
+    their processes. `--distributed` or `--multiprocessing-distributed`: one process a GPU here (without GPUs one, or
+    `--nproc`), and with `--world-size`, `--rank`, `--dist-url` this node as one of several.
+
+    Raises:
+        UserError: the options do not fit each other or the machine, or a process met one.
+        RunFailed: a process died; the message names its rank.
+    """
+    plan = plan_processes(options)
+    if plan is None:
+        worker(_single_device(options.gpu), *args)
+    elif plan.local is None:
+        _run_one(plan, plan.first_rank, plan.local_rank, worker, args)
+    else:
+        _spawn(plan, worker, args)
+
+
+def plan_processes(options: argparse.Namespace) -> Processes | None:
+    """What `launch` is to do, from the options and the environment; None: this process alone."""
+    gpus, env = torch.cuda.device_count(), os.environ
+    backend = options.dist_backend or ("nccl" if gpus else "gloo")
+    if backend == "nccl" and not gpus:
+        raise UserError("--dist-backend nccl: needs GPUs and none is visible; use gloo")
+    nodes = options.world_size
+    if nodes is not None and nodes < 1 or options.nproc is not None and options.nproc < 1:
+        raise UserError(f"--world-size {nodes}, --nproc {options.nproc}: expected 1 or more")
+    many = options.distributed or (nodes or 1) > 1
+    torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
+    if options.gpu is not None and (many or torchrun):
+        raise UserError(f"--gpu {options.gpu}: means that GPU alone; leave it out of a run of several processes")
+    if torchrun:
+        if nodes not in (None, 1, int(env["WORLD_SIZE"])):
+            raise UserError(f"--world-size {nodes}: torchrun started {env['WORLD_SIZE']} processes; leave it out")
+        return Processes(int(env["WORLD_SIZE"]), int(env["RANK"]), None, int(env["LOCAL_RANK"]), "env://", backend)
+    if not many:
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+        return _plan_slurm(tasks, options.dist_url, backend) if tasks > 1 and "SLURM_PROCID" in env else None
+    nodes = nodes or 1
+    rank_here = 0 if options.rank is None and nodes == 1 else options.rank
+    if rank_here is None or not 0 <= rank_here < nodes:
+        raise UserError(f"--rank {options.rank}: with --world-size {nodes} expected 0 to {nodes - 1}")
+    if nodes > 1 and options.dist_url is None:
+        raise UserError(f"--world-size {nodes}: --dist-url tcp://HOST:PORT of the first node is needed")
+    if not options.distributed:
+        return Processes(nodes, rank_here, None, 0, options.dist_url, backend)
+    local = options.nproc or gpus or 1
+    if backend == "nccl" and local > gpus:
+        raise UserError(
+            f"--nproc {local}: nccl takes one process a GPU, and {gpus} are visible; or --dist-backend gloo"
+        )
+    url = options.dist_url or f"tcp://127.0.0.1:{_free_port()}"
+    return Processes(nodes * local, rank_here * local, local, 0, url, backend)
+
+
+def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
+    env = os.environ
+    if url is None:
+        host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
+        port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+        url = f"tcp://{host}:{port}"
+    return Processes(tasks, int(env["SLURM_PROCID"]), None, int(env["SLURM_LOCALID"]), url, backend)
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a Slurm list: `gpu[003-007,012],cpu1` is gpu003."""
+    match = re.match(r"([^\[,]+)(?:\[([^-,\]]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r}: names no host; give --dist-url tcp://HOST:PORT")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _single_device(gpu: int | None) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if gpu is None:
+        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    if not 0 <= gpu < gpus:
+        raise UserError(f"--gpu {gpu}: {gpus} GPUs are visible; leave the option out to run on the CPU")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
+
+
+def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, args: tuple) -> None:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(plan.backend, plan.url, TIMEOUT, plan.world_size, own_rank)
+    except (ValueError, dist.DistError) as error:
+        raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
+    worker(device, *args)
+    dist.destroy_process_group()
+
+
+def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
+    messages = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local)
+    except mp.ProcessExitedException as error:
+        if error.exit_code == 2 and not messages.empty():
+            raise UserError(messages.get()) from None
+        how = f"by {error.signal_name}" if error.signal_name else f"with exit status {error.exit_code}"
+        own_rank = plan.first_rank + error.error_index
+        raise RunFailed(f"rank {own_rank} ended {how}; the other processes of this node were stopped") from None
+    except mp.ProcessRaisedException as error:
+        own_rank = plan.first_rank + error.error_index
+        raise RunFailed(f"rank {own_rank} failed; the other processes of this node were stopped: {error}") from None
+
+
+def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, messages: mp.SimpleQueue) -> None:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local))
+    try:
+        _run_one(plan, plan.first_rank + local_rank, local_rank, worker, args)
+    except UserError as error:
+        messages.put(str(error))
+        sys.exit(2)

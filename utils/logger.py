@@ -1,0 +1,216 @@
+"""What a run tells: the log, progress lines, metrics for TensorBoard and metrics.jsonl, and where it came from."""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from utils.distributed import is_main, rank, world_size
+from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
+
+
+def setup_logging(folder: Path, quiet: bool) -> None:
+    """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`; other ranks warn only."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO if is_main() else logging.WARNING)
+    log.propagate = False
+    who = "" if is_main() else f"[rank {rank()}] "
+    handlers: list[logging.Handler] = []
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / "train.log"))
+    if not quiet or not is_main():
+        handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+
+
+def stage(title: str) -> None:
+    """A line that says which stage of the run begins."""
+    log.info("---- %s %s", title, "-" * (70 - len(title)))
+
+
+def start_run(config: Mapping, quiet: bool) -> Path:
+    """Open the run's folder `<model_dir>/<name>`, set up the log, and note where the run comes from.
+
+    Rank 0 writes the resolved configuration to `config.yaml` and adds one line on this start to `runs.jsonl`.
+    """
+    folder = Path(config["model"]["model_dir"]) / config["model"]["name"]
+    try:
+        setup_logging(folder, quiet)
+        stage("Run")
+        if is_main():
+            record = provenance()
+            (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+            with (folder / "runs.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            log.info("%s", record["command"])
+            log.info("git %s, python %s, torch %s", record["git"], record["python"], record["torch"])
+            log.info("%s, %d processes; output in %s", record["device"], world_size(), folder)
+    except OSError as error:
+        raise UserError(f"model.model_dir: {folder}: cannot be written: {error}") from None
+    return folder
+
+
+def provenance() -> dict:
+    """The command, versions, git revision and machine of this process."""
+    import av
+    import numpy
+
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "folder": os.getcwd(),
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "av": av.__version__,
+        "numpy": numpy.__version__,
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "world_size": world_size(),
+    }
+
+
+def git_revision() -> str:
+    """The source tree's commit, with `+changes` if files differ from it; `unknown` outside git."""
+    source = Path(__file__).resolve().parent
+    try:
+        answers = [
+            subprocess.run(["git", *command], cwd=source, capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answers[0].strip() + ("+changes" if answers[1].strip() else "")
+
+
+class MetricsWriter:
+    """Rank 0's figures, to TensorBoard and to `metrics.jsonl`, one JSON object a line.
+
+    `resume_step` is the step that the run goes on from: lines of later steps, written by a run that was then killed
+    before its next checkpoint, are dropped, so that the files tell one uninterrupted story.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self._path = folder / "metrics.jsonl"
+        if not is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resume_step] if resume_step else []
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
+
+    def write(self, group: str, step: int, figures: Mapping[str, float]) -> None:
+        """Write figures of a group (`train`, `retrieval`, ...) after the run's `step`-th step."""
+        if not is_main():
+            return
+        for name, value in figures.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"group": group, "step": step, **figures}) + "\n")
+
+    def close(self) -> None:
+        """Flush to disk."""
+        if is_main():
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the half line of a killed run
+        return float("inf")
+
+
+def read_metrics(folder: str | Path, group: str) -> list[dict]:
+    """The lines of one group in a run's `metrics.jsonl`."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["group"] == group]
+
+
+class StepClock:
+    """Where the time of a training loop goes: clips a second and the share of time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new stretch of measuring."""
+        self._start = time.perf_counter()
+        self._waited, self._clips = 0.0, 0
+
+    def timed(self, batches: Iterable) -> Iterable:
+        """Go through `batches`, noting how long each was waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    def count(self, clips: int) -> None:
+        """Count clips that were trained on, over all processes."""
+        self._clips += clips
+
+    def read(self) -> dict[str, float]:
+        """`clips_per_s` and `wait_share` (0 to 1) since the last restart."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {"clips_per_s": self._clips / seconds, "wait_share": self._waited / seconds}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `48 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parameter_summary(model: torch.nn.Module) -> str:
+    """One line on a model: its parts and their numbers of parameters, in millions."""
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in model.named_children()]
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"{type(model).__name__}: {total:.2f} M parameters ({', '.join(parts)})"
+
+
+def progress_line(place: str, seconds_left: float, figures: Mapping[str, float]) -> str:
+    """A line of a training log: where the run is, the time left, and the step's figures, each in a form to be read."""
+    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
+    hidden = ("grad_norm", "memory_gb")
+    shown = [f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items() if name not in hidden]
+    return f"{place} | {duration(seconds_left)} left | " + " | ".join(shown)
+
+
+def percentages(figures: Mapping[str, float]) -> str:
+    """Figures in percent in a line: `v2a_R@1 3.1, v2a_R@5 12.5`."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
+
+
+def memory_gb() -> float:
+    """The most memory this process has held, in GB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

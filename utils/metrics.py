@@ -1,0 +1,83 @@
+"""Figures of a run: averages that cost no synchronisation, collapse in words, retrieval and nearest neighbours."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.distributed import all_reduce_sum, world_size
+
+SPREAD_WARNING = 0.1
+COSINE_WARNING = 0.95
+
+
+class Averages:
+    """Means of 0-dim tensors over steps and ranks. Adding reads nothing back from the device; reading does, once."""
+
+    def __init__(self) -> None:
+        self._sum, self._names, self._count = None, (), 0
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Add a step's figures; every step brings the same names."""
+        values = torch.stack([value.detach().double() for value in figures.values()])
+        self._sum = values if self._sum is None else self._sum + values
+        self._names, self._count = tuple(figures), self._count + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, over all ranks; starts anew. Every rank must call it."""
+        if not self._count:
+            return {}
+        means = all_reduce_sum(self._sum) / (self._count * world_size())
+        self._sum, self._count = None, 0
+        return dict(zip(self._names, means.tolist(), strict=True))
+
+
+def collapse_warning(figures: Mapping[str, float]) -> str | None:
+    """What to tell when embeddings have collapsed, which a falling loss does not show; None when they have not."""
+    spread = min(figures["video_spread"], figures["audio_spread"])
+    if spread < SPREAD_WARNING:
+        return (
+            f"the embeddings collapse: their spread is {spread:.2f} (1 is even over the sphere, 0 one point, "
+            f"warning below {SPREAD_WARNING}). The loss does not show it; see README, When xID collapses"
+        )
+    cosines = figures["pos_cos"], figures.get("neg_cos", 0.0)
+    if min(cosines) > COSINE_WARNING or max(cosines) < -COSINE_WARNING:
+        return (
+            f"the embeddings collapse: the mean cosines of positives and negatives are {cosines[0]:+.2f} and "
+            f"{cosines[1]:+.2f}, so the network tells nothing apart. See README, When xID collapses"
+        )
+    return None
+
+
+def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Share of queries, in percent, whose own item is among the k most similar of the gallery: R@k.
+
+    Query i's own item is gallery row i. Both are (items, windows, D); the similarity of two items is the sum over the
+    windows of the cosines. Ties count against the query, so that collapsed embeddings do not look good.
+    """
+    queries = torch.nn.functional.normalize(queries.float(), dim=2)
+    gallery = torch.nn.functional.normalize(gallery.float(), dim=2)
+    similarity = torch.einsum("iwd,jwd->ij", queries, gallery)
+    own = similarity.diagonal().unsqueeze(1)
+    better = (similarity >= own).sum(1) - 1
+    return {f"R@{k}": 100.0 * (better < k).float().mean().item() for k in ks}
+
+
+def nearest_neighbour_accuracy(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)
+) -> dict[str, float]:
+    """Top-1 accuracy, in percent, of the majority among the k training rows with the largest cosine.
+
+    Rows are features (items, D). Votes are counted equally; of classes with equal votes, the one with the larger sum of
+    cosines wins.
+    """
+    train = torch.nn.functional.normalize(train.float(), dim=1)
+    test = torch.nn.functional.normalize(test.float(), dim=1)
+    ks = tuple(min(k, len(train)) for k in ks)
+    cosines, nearest = (test @ train.T).topk(max(ks), dim=1)
+    votes = torch.nn.functional.one_hot(train_labels[nearest], int(train_labels.max()) + 1).float()
+    accuracy = {}
+    for k in ks:
+        tally = (votes[:, :k] * (1 + 1e-4 * cosines[:, :k, None])).sum(1)
+        accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == test_labels).float().mean().item()
+    return accuracy

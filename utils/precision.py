@@ -1,0 +1,58 @@
+"""The number formats of a run: `fp32`, `tf32`, `bf16`, `fp16`."""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+class Precision:
+    """Autocast, loss scaling and the optimizer's step under one of four precisions.
+
+    Args:
+        name: `fp32` everywhere, `tf32` (float32 with the matrix units' rounding), `bf16` or `fp16` autocast; None
+            means `bf16` on a GPU and `fp32` on a CPU.
+        device: where the run takes place.
+
+    Raises:
+        UserError: the device does not do this precision.
+    """
+
+    def __init__(self, name: str | None, device: torch.device) -> None:
+        self.name = name or ("bf16" if device.type == "cuda" else "fp32")
+        self.device_type = device.type
+        if self.name in ("tf32", "fp16") and device.type != "cuda":
+            raise UserError(f"precision: {self.name} needs a GPU; on a CPU use fp32 or bf16")
+        torch.set_float32_matmul_precision("highest" if self.name == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = self.name != "fp32"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of the (scaled) loss."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Tensor:
+        """One step of the optimizer, which with fp16 is left out where gradients overflowed. Returns their norm."""
+        self._scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict:
+        """The loss scale, for the checkpoint; empty unless fp16."""
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with a checkpoint's loss scale."""
+        if state:
+            self._scaler.load_state_dict(state)

@@ -1,0 +1,182 @@
+"""Tables and pictures of finished runs.
+
+    python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
+
+`demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
+and the nearest-neighbour accuracy of frozen video features.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from datasets import build_held_out, build_videos
+from datasets.preprocessing import BatchPrep
+from datasets.video_dataset import ClipRecipe, EvenClips, collate_readable, make_loader
+from models import build_model
+from utils import checkpoint
+from utils.cli import run_script
+from utils.config import load_config
+from utils.logger import read_metrics
+from utils.metrics import nearest_neighbour_accuracy
+from utils.retrieval import cross_modal_retrieval, embed
+
+NEIGHBOURS = 5
+COLUMNS = ("v2a_R@1", "v2a_R@5", "v2a_R@10", "a2v_R@1", "a2v_R@5", "a2v_R@10", f"kNN@{NEIGHBOURS}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="what runs on the demo data set have learned: a table and a picture")
+    demo.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of finished runs")
+    demo.add_argument("--out", default="demo.png", help="the picture")
+    args = parser.parse_args()
+    report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+
+
+def report_demo(cfgs: list[dict], out: Path) -> None:
+    """Measure the runs, print the table, draw the picture."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = build_held_out(cfgs[0], device, most=None)
+    labels = held_out.dataset.videos.labels
+    count = len(labels)
+    rows = {"chance": chance(count, labels)}
+    runs = {}
+    for cfg in cfgs:
+        state, path = checkpoint.load_latest(run_folder(cfg)) or (None, None)
+        if state is None:
+            raise checkpoint.UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first")
+        prepare = BatchPrep(cfg["dataset"], state["audio_stats"], device)
+        torch.manual_seed(cfg["seed"])
+        model = build_model(cfg["model"]).to(device)
+        name = cfg["model"]["name"]
+        rows[f"{name} untrained"], _ = measure(model, cfg, prepare, device)
+        checkpoint.load_weights(model, state["model"], str(path))
+        rows[name], runs[name] = measure(model, cfg, prepare, device)
+    print_table(rows, count)
+    draw(cfgs, rows, runs, out)
+    print(f"picture: {out}")
+
+
+def run_folder(cfg: dict) -> Path:
+    """Where a run's output lies."""
+    return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
+
+
+def measure(
+    model: torch.nn.Module, cfg: dict, prepare: BatchPrep, device: torch.device
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Retrieval and nearest-neighbour figures in percent, and the held-out embeddings behind them."""
+    test = embed(model, build_held_out(cfg, device, most=None), prepare)
+    recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
+    train_videos = EvenClips(build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"]), recipe, windows=1)
+    loader = make_loader(
+        train_videos,
+        cfg["num_workers"],
+        device,
+        batch_size=cfg["dataset"]["batch_size"],
+        collate_fn=collate_readable,
+    )
+    train = embed(model, loader, prepare)
+    neighbours = nearest_neighbour_accuracy(
+        train["features"].mean(1), train["label"], test["features"].mean(1), test["label"], (NEIGHBOURS,)
+    )
+    return cross_modal_retrieval(test) | neighbours, test
+
+
+def chance(count: int, labels: torch.Tensor) -> dict[str, float]:
+    """What guessing gives, in percent."""
+    figures = {name: 100 * min(1.0, int(name.rpartition("@")[2]) / count) for name in COLUMNS[:-1]}
+    return figures | {COLUMNS[-1]: 100 * labels.bincount().max().item() / count}
+
+
+def standard_error(percent: float, count: int) -> float:
+    """Of a share of so many independent trials, in percent."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / count)
+
+
+def print_table(rows: dict[str, dict[str, float]], count: int) -> None:
+    """A row a network, a column a figure."""
+    width = max(map(len, rows))
+    print(f"\n{count} held-out videos; percent; +- is the standard error of R@10 and kNN")
+    print(f"{'':{width}}  " + "  ".join(f"{name:>12}" for name in COLUMNS))
+    for row, figures in rows.items():
+        cells = []
+        for name in COLUMNS:
+            error = "" if row == "chance" or name.endswith(("@1", "R@5")) else standard_error(figures[name], count)
+            cells.append(f"{figures[name]:.1f}" + (f" +-{error:.1f}" if error != "" else ""))
+        print(f"{row:{width}}  " + "  ".join(f"{cell:>12}" for cell in cells))
+    print()
+
+
+def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
+    """Loss and retrieval over the epochs, and queries of the first run with the sounds it finds for them."""
+    figure = plt.figure(figsize=(12, 10), layout="constrained")
+    curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    loss_axis, recall_axis = curves.subplots(1, 2)
+    for cfg in cfgs:
+        name, folder = cfg["model"]["name"], run_folder(cfg)
+        train, held_out = read_metrics(folder, "train"), read_metrics(folder, "retrieval")
+        steps_per_epoch = held_out[-1]["step"] / held_out[-1]["epoch"]
+        loss_axis.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train], label=name)
+        for direction, style in (("v2a", "-"), ("a2v", "--")):
+            epochs, recall = zip(*((r["epoch"], r[f"{direction}_R@10"]) for r in held_out), strict=True)
+            recall_axis.plot(epochs, recall, style, marker="o", label=f"{name}, {direction}")
+    recall_axis.axhline(rows["chance"]["v2a_R@10"], color="gray", linestyle=":", label="chance")
+    loss_axis.set(xlabel="epoch", ylabel="loss", title="Training loss")
+    recall_axis.set(xlabel="epoch", ylabel="R@10, percent", ylim=(0, None), title="Held-out cross-modal retrieval")
+    for axis in (loss_axis, recall_axis):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    draw_pairs(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_pairs(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor], queries: int = 5, answers: int = 4) -> None:
+    """Rows of a query's frames and the spectrograms of the sounds nearest to it; its own has a green frame."""
+    video, audio = (torch.nn.functional.normalize(run[name], dim=2) for name in ("video", "audio"))
+    similarity = torch.einsum("iwd,jwd->ij", video, audio)
+    rank_of_own = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
+    chosen = rank_of_own.argsort(stable=True)[np.linspace(0, len(video) // 4, queries).astype(int)]
+    clips = build_held_out(cfg, torch.device("cpu"), most=None).dataset
+    prepare = BatchPrep(
+        cfg["dataset"],
+        {
+            name: torch.full((cfg["dataset"]["spec_params"]["n_mels"],), fill)
+            for name, fill in (("mean", 0.0), ("std", 1.0))
+        },
+        torch.device("cpu"),
+    )
+    axes = figure.subplots(queries, 1 + answers, width_ratios=[4] + [2] * answers)
+    figure.suptitle(
+        "Videos and the held-out sounds nearest to them (green: the video's own; a title is the sound's class)"
+    )
+    classes = clips.videos.classes
+    for row, query in zip(axes, chosen.tolist(), strict=True):
+        frames = clips[int(run["index"][query])]["frames"][0]
+        row[0].imshow(torch.cat(list(frames[:: max(1, len(frames) // 4)][:4]), dim=1).numpy())
+        row[0].set_ylabel(classes[run["label"][query]] if classes else "", fontsize=9)
+        for axis, answer in zip(row[1:], similarity[query].topk(answers).indices.tolist(), strict=True):
+            waveform = clips[int(run["index"][answer])]["waveform"][:1]
+            axis.imshow(prepare.audio(waveform)[0, 0].numpy(), origin="lower", aspect="auto", cmap="magma")
+            axis.set_title(classes[run["label"][answer]] if classes else "", fontsize=8)
+            if answer == query:
+                axis.patch.set(edgecolor="limegreen", linewidth=6)
+                for spine in axis.spines.values():
+                    spine.set(edgecolor="limegreen", linewidth=4)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+
+
+if __name__ == "__main__":
+    run_script(main)
