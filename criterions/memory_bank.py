@@ -100,7 +100,8 @@ class MemoryBank(nn.Module):
     def update(self, index: torch.Tensor, video_emb: torch.Tensor, audio_emb: torch.Tensor, momentum: float) -> None:
         """Rows `index` (N,) of all ranks become normalise(momentum * old + (1 - momentum) * new), new the unit (N, D).
 
-        Where an instance comes more than once, its new vectors are averaged first. Free of host syncs.
+        Where an instance comes more than once, its new vectors are averaged first. A row whose new vector is not finite
+        stays as it is. Free of host syncs.
         """
         index = gather(index)
         same = (index[:, None] == index).double()  # float64: the average does not depend on the order, nor on TF32
@@ -109,6 +110,7 @@ class MemoryBank(nn.Module):
             rows = self.rows(bank)
             new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(rows.dtype)
             mixed = F.normalize(momentum * rows[index] + (1 - momentum) * new, dim=1)
+            mixed = torch.where(mixed.isfinite().all(dim=1, keepdim=True), mixed, rows[index])
             rows.index_copy_(0, index, mixed[first])
 
     def get_extra_state(self) -> torch.Tensor:

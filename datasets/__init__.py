@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from datasets import demo, folder, ucf, vggsound
+from datasets import folder, ucf, vggsound
 from datasets.video_dataset import (
     ClipRecipe,
     EpochBatches,
@@ -39,7 +39,11 @@ def build_videos(dataset: dict, split: str) -> VideoList:
     if dataset["root"] is None:
         raise UserError("dataset.root is not set: put it into the YAML, or add --set dataset.root=DIR")
     if not Path(dataset["root"]).is_dir():
-        hint = "python3 -m datasets.demo makes it" if dataset["name"] == "demo" else "set dataset.root to where it lies"
+        hint = (
+            f"python3 -m datasets.demo --root {dataset['root']} makes it"
+            if dataset["name"] == "demo"
+            else "set dataset.root to where it lies"
+        )
         raise UserError(f"{dataset['root']}: no such folder for data set {dataset['name']}; {hint}")
     return LISTS[dataset["name"]](dataset, split)
 
@@ -92,4 +96,4 @@ def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_V
     return make_loader(clips, cfg["num_workers"], device, batch_size=batch_size, collate_fn=collate_readable)
 
 
-__all__ = ["build_held_out", "build_training", "build_videos", "demo"]
+__all__ = ["build_held_out", "build_training", "build_videos"]

@@ -214,6 +214,7 @@ class VideoFile:
         except MediaError as error:
             raise self._error("open", f"no media that FFmpeg can read ({_reason(error)})") from None
         self._at_first_packet, self._encoder_noted = True, False
+        self._dump_text = self._dump()
         for kind in ("video", "audio"):
             stream = self._stream(kind)
             if stream is not None:
@@ -222,10 +223,24 @@ class VideoFile:
 
     def _stream(self, kind: str) -> "av.stream.Stream | None":
         for stream in self._container.streams:
-            picture = kind == "video" and stream.disposition & av.stream.Disposition.attached_pic
-            if stream.type == kind and stream.codec_context is not None and not picture:
-                return stream
+            if stream.type == kind and stream.codec_context is not None:
+                if "(attached pic)" not in self._dumped(stream):
+                    return stream
         return None
+
+    def _dump(self) -> str:
+        """What FFmpeg's command line tool prints about the file."""
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)
+        try:
+            return self._container.dumps_format()
+        finally:
+            av.logging.set_level(level)
+
+    def _dumped(self, stream: "av.stream.Stream") -> str:
+        """The part of the dump about one stream. It holds what PyAV 14 shows nowhere else without decoding."""
+        part = re.search(rf"Stream #0:{stream.index}\b.*?(?=\n *Stream #|\Z)", self._dump_text, re.DOTALL)
+        return part[0] if part else ""
 
     def _describe(self) -> MediaInfo:
         video, audio = self._stream("video"), self._stream("audio")
@@ -264,15 +279,8 @@ class VideoFile:
         return start, ((self._container.start_time or 0) + self._container.duration) / av.time_base - start
 
     def _rotation(self, stream: "av.video.stream.VideoStream") -> int:
-        """The display matrix' quarter turns, in degrees. PyAV shows it only on decoded frames, FFmpeg's dump always."""
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)
-        try:
-            dump = self._container.dumps_format()
-        finally:
-            av.logging.set_level(level)
-        part = re.search(rf"Stream #0:{stream.index}\b.*?(?=\n *Stream #|\Z)", dump, re.DOTALL)
-        turn = part and re.search(r"rotation of (-?[\d.]+) degrees", part[0])
+        """The quarter turns of the display matrix, in degrees."""
+        turn = re.search(r"rotation of (-?[\d.]+) degrees", self._dumped(stream))
         return round(float(turn[1]) / 90) % 4 * 90 if turn else 0
 
     # Decoding

@@ -1,5 +1,6 @@
 """Helpers that all tests share: small real media files whose pictures and sound tell their own index and time."""
 
+import multiprocessing
 import os
 import struct
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch.multiprocessing
 
 BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
 VIDEO_CLOCK = 90000  # Hz
@@ -143,3 +145,14 @@ def clips_root():
     if not root or not Path(root).is_dir():
         pytest.skip("AVSSRL_CLIPS is not set to a folder of real clips")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """`run_ranks(worker, nprocs, *args)` runs `worker(rank, *args)` in processes and waits for them."""
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])  # a second's import once, not in each
+
+    def run(worker, nprocs, *args):
+        torch.multiprocessing.start_processes(worker, args, nprocs, start_method="forkserver")
+
+    return run

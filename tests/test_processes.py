@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from criterions import build_criterion
 from models import build_model
@@ -63,9 +62,9 @@ def train_as_one_of_two(own_rank, file, hard_negatives, answer):
 
 
 @pytest.mark.parametrize("hard_negatives", [None, 6])
-def test_two_processes_train_as_one(tmp_path, hard_negatives):
+def test_two_processes_train_as_one(tmp_path, run_ranks, hard_negatives):
     answer = tmp_path / "answer.pt"
-    mp.spawn(train_as_one_of_two, (tmp_path / "meet", hard_negatives, answer), nprocs=2)
+    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", hard_negatives, answer)
     losses, weights, bank = torch.load(answer)
     one_losses, one_weights, one_bank = train(hard_negatives)
     assert len(set(one_losses)) == STEPS
@@ -89,8 +88,8 @@ def use_helpers(own_rank, file):
     dist.destroy_process_group()
 
 
-def test_helpers_with_and_without_a_group(tmp_path):
-    mp.spawn(use_helpers, (tmp_path / "meet",), nprocs=2)
+def test_helpers_with_and_without_a_group(tmp_path, run_ranks):
+    run_ranks(use_helpers, 2, tmp_path / "meet")
     own = torch.arange(3.0, requires_grad=True)
     assert (rank(), world_size()) == (0, 1)
     assert not gather(own).requires_grad and gather_with_grad(own) is own

@@ -35,6 +35,8 @@ FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go o
     "save_every_minutes",
     "monitor_every",
     "max_bad_fraction",
+    "skip_nonfinite",
+    "keep_last",
     "cache_dir",
     "dataset.root",
     "dataset.test.",
@@ -56,6 +58,7 @@ class RunCheckpoints:
 
     def __init__(self, folder: Path, config: dict, videos: str) -> None:
         self.folder, self.config, self.videos = folder, config, videos
+        self.file = folder / LATEST
         self._last_save = time.monotonic()
 
     def latest(self) -> dict | None:
@@ -99,6 +102,25 @@ class RunCheckpoints:
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"config": self.config, "videos": self.videos, "world_size": world_size()}
         save(self.folder, state | values, keep_as)
+        if self.config["keep_last"]:
+            self._drop_old()
+
+    def save_epoch(self, parts: Mapping[str, Any], epoch: int, **values: object) -> None:
+        """Save at the end of an epoch; `epoch` counts those done.
+
+        The one before a milestone of the learning rate is kept as `checkpoint-ep<N>.pth.tar`, and so are, by
+        `keep_last: N`, the last N.
+        """
+        keep = epoch in self.config["optimizer"]["lr"]["milestones"] or self.config["keep_last"] > 0
+        self.save(parts, f"checkpoint-ep{epoch}.pth.tar" if keep else None, epoch=epoch, step=0, **values)
+
+    def _drop_old(self) -> None:
+        """Delete epoch checkpoints that are neither milestones nor among the last `keep_last`."""
+        kept = {f"checkpoint-ep{epoch}.pth.tar" for epoch in self.config["optimizer"]["lr"]["milestones"]}
+        others = [path for path in self.folder.glob("checkpoint-ep*.pth.tar") if path.name not in kept]
+        others.sort(key=lambda path: int(path.name.removeprefix("checkpoint-ep").split(".")[0]))
+        for path in others[: max(0, len(others) - self.config["keep_last"])]:
+            path.unlink()
 
     def restore(self, state: Mapping, parts: Mapping[str, Any]) -> None:
         """Load a state into the parts that made it, all names and shapes checked."""
@@ -107,6 +129,25 @@ class RunCheckpoints:
                 load_weights(part, state[name], f"{self.folder / LATEST} ({name})")
             else:
                 part.load_state_dict(state[name])
+
+
+def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos: str) -> None:
+    """Take the weights of `model.args.checkpoint` and the bank of `loss.args.checkpoint`, where they are given.
+
+    Raises:
+        UserError: they do not fit, or the bank belongs to another list of videos than the one with this fingerprint.
+    """
+    if (file := cfg["model"]["args"].get("checkpoint")) is not None:
+        load_weights(model, load(file)["model"], file)
+        log.info("weights from %s", file)
+    if (file := cfg["loss"]["args"].get("checkpoint")) is not None:
+        other = load(file)
+        if other.get("videos", videos) != videos:
+            raise UserError(
+                f"loss.args.checkpoint: {file}: its bank is for list {other['videos']}, this one is {videos}"
+            )
+        load_weights(criterion, other["train_criterion"], file, optional=("_extra_state",))
+        log.info("memory bank from %s", file)
 
 
 def _changes(stored: Mapping, now: Mapping) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from utils.errors import RunFailed, UserError
+from utils.errors import STATUS, Preempted, RunFailed, UserError
 
 
 def pretraining_parser(description: str) -> argparse.ArgumentParser:
@@ -42,15 +42,13 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. A user's mistake ends in one line and exit status 2, a failed run in 1."""
+    """Run a script's `main`. What users can mend or wait for ends in one line; its exit status says which it was."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (UserError, RunFailed, Preempted) as error:
+        title = {UserError: "error", RunFailed: "failed", Preempted: "preempted"}[type(error)]
+        print(f"{title}: {error}", file=sys.stderr)
+        sys.exit(STATUS[type(error)])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

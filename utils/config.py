@@ -189,6 +189,8 @@ PRETRAINING = {
     "compile": _flag(None, nullable=True),  # null: on a GPU
     "accumulate": _positive(int, 1),  # parts that a batch is cut into, one forward and backward pass each
     "max_bad_fraction": _share(0.02),  # of an epoch's samples
+    "skip_nonfinite": _at_least_0(int, 0),  # steps with a loss or gradient that is not finite to leave out
+    "keep_last": _at_least_0(int, 0),  # epoch checkpoints to keep beside the latest and the milestones
     "cache_dir": _text("cache"),
     "dataset": {**DATASET, **AUDIO},
     "optimizer": OPTIMIZER,

@@ -5,8 +5,10 @@ they answer for a single process.
 """
 
 import argparse
+import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -19,9 +21,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import RunFailed, UserError
+from utils.errors import STATUS, Preempted, RunFailed, UserError
+
+log = logging.getLogger("avssrl")
 
 TIMEOUT = timedelta(minutes=30)  # of one collective call; rank 0 may be preparing data meanwhile
+GRACE = 10.0  # seconds that the other processes of a node get to end by themselves, once more after SIGTERM
 
 
 def _has_group() -> bool:
@@ -87,6 +92,15 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; every rank must call it. Hosts talk over gloo, no device is waited for."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags)
+    return bool(flags)
+
+
 def broadcast_object(value: object) -> object:
     """Rank 0's `value`, on every rank (pickled on the way)."""
     box = [value]
@@ -102,6 +116,16 @@ def gather_objects(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let BN take its statistics over all processes. PyTorch does this on GPUs only; a run on CPUs says so."""
+    if world_size() == 1:
+        return model
+    if device.type != "cuda":
+        log.warning("BN is not synchronised: PyTorch's SyncBatchNorm needs GPUs; each process uses its own statistics")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def wrap(model: nn.Module, compiled: bool | None, device: torch.device) -> nn.Module:
@@ -229,7 +253,9 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(plan.backend, plan.url, TIMEOUT, plan.world_size, own_rank)
+        # gloo beside nccl: hosts can then agree on something without waiting for their devices
+        backend = "cpu:gloo,cuda:nccl" if plan.backend == "nccl" else plan.backend
+        dist.init_process_group(backend, plan.url, TIMEOUT, plan.world_size, own_rank)
     except (ValueError, dist.DistError) as error:
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)
@@ -238,11 +264,17 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
 
 def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     messages = mp.get_context("spawn").SimpleQueue()
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say ourselves who ended and why
+    context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: _pass_on(number, context))
     try:
-        mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local)
+        while not context.join(grace_period=GRACE):
+            pass
     except mp.ProcessExitedException as error:
-        if error.exit_code == 2 and not messages.empty():
-            raise UserError(messages.get()) from None
+        if not messages.empty():
+            kind, message = messages.get()
+            raise kind(message) from None
         how = f"by {error.signal_name}" if error.signal_name else f"with exit status {error.exit_code}"
         own_rank = plan.first_rank + error.error_index
         raise RunFailed(f"rank {own_rank} ended {how}; the other processes of this node were stopped") from None
@@ -251,11 +283,17 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
         raise RunFailed(f"rank {own_rank} failed; the other processes of this node were stopped: {error}") from None
 
 
+def _pass_on(number: int, context: mp.ProcessContext) -> None:
+    for process in context.processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
 def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, messages: mp.SimpleQueue) -> None:
-    if not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local))
     try:
         _run_one(plan, plan.first_rank + local_rank, local_rank, worker, args)
-    except UserError as error:
-        messages.put(str(error))
-        sys.exit(2)
+    except (UserError, RunFailed, Preempted) as error:
+        messages.put((type(error), str(error)))
+        sys.exit(STATUS[type(error)])

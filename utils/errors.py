@@ -14,3 +14,13 @@ class RunFailed(Exception):
 
     The scripts print its message and end with exit status 1.
     """
+
+
+class Preempted(Exception):
+    """A run was asked to stop, has saved, and can go on.
+
+    The scripts print its message and end with exit status 75 (EX_TEMPFAIL: try again).
+    """
+
+
+STATUS = {UserError: 2, RunFailed: 1, Preempted: 75}

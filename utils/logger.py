@@ -16,6 +16,7 @@ import yaml
 
 from utils.distributed import is_main, rank, world_size
 from utils.errors import UserError
+from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
 
@@ -193,12 +194,30 @@ def parameter_summary(model: torch.nn.Module) -> str:
     return f"{type(model).__name__}: {total:.2f} M parameters ({', '.join(parts)})"
 
 
-def progress_line(place: str, seconds_left: float, figures: Mapping[str, float]) -> str:
-    """A line of a training log: where the run is, the time left, and the step's figures, each in a form to be read."""
-    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
-    hidden = ("grad_norm", "memory_gb")
-    shown = [f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items() if name not in hidden]
-    return f"{place} | {duration(seconds_left)} left | " + " | ".join(shown)
+class TrainingLog:
+    """Tells how a training goes: a progress line, the same figures in the metrics, a warning on collapse.
+
+    Args:
+        writer: for the metrics.
+        num_epochs, steps: of the run, and in an epoch.
+        batch_size: clips in a step, over all processes.
+    """
+
+    def __init__(self, writer: MetricsWriter, num_epochs: int, steps: int, batch_size: int) -> None:
+        self.writer, self.num_epochs, self.steps, self.batch_size = writer, num_epochs, steps, batch_size
+
+    def report(self, epoch: int, steps_done: int, figures: Mapping[str, float]) -> None:
+        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on)."""
+        steps_left = (self.num_epochs - epoch) * self.steps - steps_done
+        left = duration(steps_left * self.batch_size / max(figures["clips_per_s"], 1e-9))
+        forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
+        shown = [f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items() if name != "grad_norm"]
+        place = f"epoch {epoch + 1}/{self.num_epochs} step {steps_done}/{self.steps}"
+        log.info("%s | %s left | %s", place, left, " | ".join(shown))
+        figures = {"epoch": epoch, **figures, "memory_gb": memory_gb()}
+        self.writer.write("train", epoch * self.steps + steps_done, figures)
+        if (warning := collapse_warning(figures)) is not None:
+            log.warning("%s", warning)
 
 
 def percentages(figures: Mapping[str, float]) -> str:

@@ -1,7 +1,6 @@
 """The number formats of a run: `fp32`, `tf32`, `bf16`, `fp16`."""
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,14 +38,16 @@ class Precision:
         """Backward pass of the (scaled) loss."""
         self._scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Tensor:
-        """One step of the optimizer, which with fp16 is left out where gradients overflowed. Returns their norm."""
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The norm of all gradients, 0-dim, after undoing the loss scale. Once before each step."""
         self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer, which with fp16 is left out where gradients overflowed."""
         self._scaler.step(optimizer)
         self._scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def state_dict(self) -> dict:
         """The loss scale, for the checkpoint; empty unless fp16."""

@@ -1,0 +1,178 @@
+"""Pre-train with VICReg: variance, invariance, covariance of embeddings of clips and their sound, or of two clips.
+
+    python3 main-vicreg.py configs/demo/vicreg.yaml                              # a laptop: the demo data set
+    python3 main-vicreg.py configs/VGGSound-VICReg.yaml --set dataset.root=DIR --multiprocessing-distributed
+    torchrun --nproc_per_node=8 main-vicreg.py configs/VGGSound-VICReg-Video.yaml --set dataset.root=DIR
+
+The same command again goes on where the run stopped.
+"""
+
+import argparse
+from contextlib import nullcontext
+
+import torch
+
+from criterions import build_criterion
+from datasets import build_held_out, build_training
+from datasets.preprocessing import BatchPrep
+from datasets.statistics import audio_statistics
+from models import build_model
+from utils.bad_videos import BadVideos
+from utils.checkpoint import RunCheckpoints, start_from_others
+from utils.cli import pretraining_parser, run_script
+from utils.config import load_config
+from utils.distributed import broadcast_object, is_main, launch, synchronise_bn, world_size, wrap
+from utils.errors import UserError
+from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, percentages, stage, start_run
+from utils.metrics import Averages
+from utils.optim import build_optimizer, learning_rate, set_learning_rate
+from utils.precision import Precision
+from utils.retrieval import cross_modal_retrieval, embed
+from utils.stopping import NonFiniteGuard, StopSignal
+
+
+def main() -> None:
+    args = pretraining_parser(__doc__).parse_args()
+    cfg = load_config(args.cfg, args.set)
+    if args.seed is not None:
+        cfg["seed"] = args.seed
+    video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"
+    if cfg["loss"]["name"] != "VICLoss" or cfg["model"]["arch"] not in ("vicreg_wrapper", "vicreg_v_wrapper"):
+        raise UserError(
+            f"{args.cfg}: main-vicreg.py trains loss VICLoss with arch vicreg_wrapper or vicreg_v_wrapper; "
+            "for xID see main-ssl.py"
+        )
+    if cfg["dataset"]["train"]["video_only"] != video_only:
+        raise UserError(
+            f"{args.cfg}: dataset.train.video_only: {not video_only} does not go with {cfg['model']['arch']}"
+        )
+    if video_only and (cfg["monitor_every"] or cfg["test_only"]):
+        raise UserError(
+            f"{args.cfg}: monitor_every and test_only measure retrieval of sound, which this run has none of"
+        )
+    launch(pretrain, args, args, cfg)
+
+
+def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
+    """One process of the run, from the data to the last checkpoint."""
+    folder = start_run(cfg, args.quiet)
+    precision = Precision(cfg["precision"], device)
+    stop = StopSignal()
+
+    stage("Data")
+    video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"
+    loader = build_training(cfg, device, pairs=video_only)
+    clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
+    log.info("%s", videos)
+    log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
+    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
+    state = checkpoints.latest()
+    if video_only or state is not None:
+        audio_stats = None if video_only else state["audio_stats"]
+    else:
+        audio_stats = broadcast_object(
+            audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
+        )
+    prepare = BatchPrep(cfg["dataset"], audio_stats, device)
+
+    stage("Model")
+    num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
+    torch.manual_seed(cfg["seed"])
+    model = synchronise_bn(build_model(cfg["model"]).to(device), device)
+    log.info("%s", parameter_summary(model))
+    criterion = build_criterion(cfg["loss"], device=device)
+    log.info("%s", criterion)
+    optimizer = build_optimizer(cfg["optimizer"], model)
+    log.info("%s, base learning rate %g", type(optimizer).__name__, cfg["optimizer"]["lr"]["base_lr"])
+    bad = BadVideos(folder, cfg["max_bad_fraction"], len(clips))
+    guard = NonFiniteGuard(folder, videos.name, cfg["skip_nonfinite"], precision.name == "fp16")
+    parts = {
+        "model": model,
+        "train_criterion": criterion,
+        "optimizer": optimizer,
+        "scaler": precision,
+        "bad_videos": bad,
+        "guard": guard,
+    }
+    start_epoch, start_step = 0, 0
+    if state is not None:
+        checkpoints.restore(state, parts)
+        start_epoch, start_step = state["epoch"], state["step"]
+        del state
+    else:
+        start_from_others(cfg, model, criterion, videos.fingerprint)
+    net = wrap(model, cfg["compile"], device)
+
+    writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
+    training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
+
+    def measure(epoch: int) -> None:
+        """Held-out retrieval after so many epochs, by rank 0."""
+        if is_main():
+            with precision.autocast():
+                figures = cross_modal_retrieval(embed(model, build_held_out(cfg, device), prepare))
+            writer.write("retrieval", epoch * batches.steps, {"epoch": epoch, **figures})
+            log.info("held out, after %d epochs: %s", epoch, percentages(figures))
+
+    if cfg["test_only"]:
+        return measure(start_epoch)
+
+    stage("Training")
+    monitor_every = cfg["monitor_every"]
+    if monitor_every and (start_epoch, start_step) == (0, 0):
+        measure(0)
+    averages, clock = Averages(), StepClock()
+    for epoch in range(start_epoch, num_epochs):
+        model.train()
+        batches.start_at(epoch, start_step)
+        losses, indices = [], []
+        clock.restart()
+        for i, batch in enumerate(clock.timed(loader), start_step * accumulate):
+            step, part = divmod(i, accumulate)
+            bad.record(batch)
+            last_part = part == accumulate - 1
+            with nullcontext() if last_part or world_size() == 1 else net.no_sync():
+                first, second = prepare(batch)
+                with precision.autocast():
+                    first_emb, second_emb = net(first, second)
+                loss = criterion(first_emb, second_emb)
+                precision.backward(loss / accumulate)
+            averages.add({"loss": loss, **criterion.stats})
+            clock.count(len(batch["index"]) * world_size())
+            losses.append(loss)
+            indices.append(batch["index"])
+            if not last_part:
+                continue
+
+            rate = learning_rate(cfg["optimizer"], epoch, step / batches.steps)
+            set_learning_rate(optimizer, rate)
+            grad_norm = precision.gradient_norm(optimizer)
+            if guard.admits({"epoch": epoch, "step": step}, losses, grad_norm, criterion.stats, indices):
+                precision.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            losses, indices = [], []
+
+            last_step, stopping = step == batches.steps - 1, stop.on_any_rank()
+            if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
+                guard.check()
+                figures = averages.read() | {"lr": rate, "grad_norm": grad_norm.item()} | clock.read()
+                training_log.report(epoch, step + 1, figures)
+                bad.collect(epoch)
+                if stopping or (checkpoints.due() and not last_step):
+                    checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
+                if stopping:
+                    stop.leave(f"epoch {epoch + 1}, step {step + 1}")
+                clock.restart()
+
+        start_step, done = 0, epoch + 1
+        if done % cfg["test_freq"] == 0 or done == num_epochs:
+            checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
+        if monitor_every and (done % monitor_every == 0 or done == num_epochs):
+            measure(done)
+
+    writer.close()
+    log.info("%d epochs done; the model is in %s", num_epochs, checkpoints.file)
+
+
+if __name__ == "__main__":
+    run_script(main)

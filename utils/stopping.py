@@ -1,0 +1,141 @@
+"""Why a run stops before its end: a signal that asks for it, numbers that are not finite."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.distributed import any_rank, barrier, gather_objects, is_main, rank, world_size
+from utils.errors import Preempted, RunFailed
+from utils.logger import log
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (Slurm's warning), so that the run can save and end at the next step.
+
+    The loader's workers inherit the handler, and so outlive a signal that goes to the whole process group.
+    """
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._name = signal.Signals(number).name
+
+    def on_any_rank(self) -> bool:
+        """Whether any rank was asked to stop; every rank must call it. Talks from host to host, not to the device."""
+        return any_rank(self._name is not None)
+
+    def leave(self, place: str) -> None:
+        """End this process, after rank 0's last save.
+
+        Raises:
+            Preempted: always.
+        """
+        barrier()
+        raise Preempted(
+            f"stopped by {self._name or 'a signal to another rank'}, saved at {place}; run it again to go on"
+        )
+
+
+class NonFiniteGuard:
+    """Stops a run whose loss or gradients are no longer finite, and says on which clips that happened.
+
+    With several ranks the gradients are already averages, so that all ranks decide alike. Reading the verdict of a step
+    would make the host wait for the device; unless steps may be skipped, it is read one step later.
+
+    Args:
+        folder: the run's.
+        name_of: a video's name by its index.
+        skips: how many steps may be left out before the run stops (`skip_nonfinite`).
+        scaled: fp16. Gradients that overflow are then the loss scaler's business, and the losses alone decide.
+    """
+
+    def __init__(self, folder: Path, name_of: Callable[[int], str], skips: int, scaled: bool) -> None:
+        self.folder, self.name_of, self.skips, self.scaled = folder, name_of, skips, scaled
+        self.skipped = 0
+        self._waiting: tuple[Tensor, dict] | None = None
+
+    def admits(self, place: Mapping[str, int], losses: list[Tensor], norm: Tensor, terms: dict, index: list) -> bool:
+        """Whether the optimizer may step.
+
+        Args:
+            place: `epoch` and `step`, for the report.
+            losses: the rank's, of each part of the batch.
+            norm: of the gradients.
+            terms: what the criterion measured, of the last part.
+            index: the videos of each part.
+
+        Raises:
+            RunFailed: this step, or the one before, was not finite and may not be skipped. The diagnosis is saved.
+        """
+        numbers = torch.stack([loss.detach().float() for loss in losses])
+        bad = ~(numbers if self.scaled else norm).isfinite().all()
+        if self.scaled and world_size() > 1:
+            count = bad.int()
+            dist.all_reduce(count)
+            bad = count > 0
+        facts = {**place, "losses": numbers, "grad_norm": norm.detach(), "terms": dict(terms), "index": index}
+        if not self.skips:
+            self.check()
+            self._waiting = (bad, facts)
+            return True
+        if not bad.item():
+            return True
+        self.skipped += 1
+        file = self._save(facts)
+        if self.skipped > self.skips:
+            raise RunFailed(f"{_describe(facts)}, and skip_nonfinite: {self.skips} steps were left out already; {file}")
+        log.warning("%s; this step is left out (%d of %d); see %s", _describe(facts), self.skipped, self.skips, file)
+        return False
+
+    def check(self) -> None:
+        """Read the verdict of the last step, before anything is saved."""
+        if self._waiting is None:
+            return
+        (bad, facts), self._waiting = self._waiting, None
+        if bad.item():
+            raise RunFailed(f"{_describe(facts)}; the last checkpoint is from before; see {self._save(facts)}")
+
+    def state_dict(self) -> dict:
+        """For the checkpoint."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self.skipped = state["skipped"]
+
+    def _save(self, facts: dict) -> Path:
+        """Rank 0 writes every rank's losses, terms, clips and files."""
+        indices = [i for part in facts["index"] for i in part.tolist()]
+        own = {
+            "rank": rank(),
+            "losses": facts["losses"].tolist(),
+            "terms": {name: value.item() for name, value in facts["terms"].items()},
+            "index": indices,
+            "files": [self.name_of(i) for i in indices],
+        }
+        file = self.folder / f"nonfinite-epoch{facts['epoch']}-step{facts['step']}.json"
+        ranks = gather_objects(own)
+        if is_main():
+            report = {name: facts[name] for name in ("epoch", "step")} | {"grad_norm": facts["grad_norm"].item()}
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(report | {"ranks": ranks}, indent=1))
+            os.replace(temporary, file)
+        return file
+
+
+def _describe(facts: dict) -> str:
+    losses = ", ".join(f"{loss:.4g}" for loss in facts["losses"].tolist())
+    norm = facts["grad_norm"].item()
+    return (
+        f"not finite in epoch {facts['epoch'] + 1}, step {facts['step'] + 1}: loss {losses}, gradient norm {norm:.4g}"
+    )
