@@ -1,10 +1,11 @@
 # make demo: make the demo data set, pre-train on it, measure, show.  make test: run the tests.  Both set up .venv first.
+# make test-notebooks: run the notebooks, with requirements-notebooks.txt added to .venv.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-notebooks lint clean
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -19,6 +20,14 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	$(RUN) -m pytest
+
+$(VENV)/notebooks-ready: $(VENV)/ready requirements-notebooks.txt
+	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-notebooks.txt
+	touch $@
+
+test-notebooks: $(VENV)/notebooks-ready
+	$(RUN) -m pytest tests/utils/test_label_similarity.py
+	$(RUN) -m tests.notebooks
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

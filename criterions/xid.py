@@ -11,6 +11,7 @@ from torch import nn
 from criterions.memory_bank import MemoryBank
 from criterions.rince import RINCE
 from criterions.stats import spread
+from utils.distributed import gather, gather_with_grad
 from utils.errors import UserError
 
 
@@ -43,6 +44,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         q_max: q of the last epoch; matters only with `num_epochs`.
         num_epochs: epochs of the run; None: q stays as it is.
         seed: of the bank's first vectors and of the negatives; the same on every rank.
+        live_targets: True: the positive is the clip's own embedding of the other modality in place of its bank row, and
+            the other clips of the batch over all ranks join the negatives, so that gradients reach both networks.
 
     Raises:
         UserError: fewer than 2 instances, `N_hard` not below `num_instances`, or `q` or `lam` out of range.
@@ -64,6 +67,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         q_max: float = 0.4,
         num_epochs: int | None = None,
         seed: int = 0,
+        live_targets: bool = False,
     ) -> None:
         super().__init__()
         if N_hard and N_hard >= num_instances:
@@ -78,6 +82,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         self.temperature = temperature
         self.q_max = q_max
         self.num_epochs = num_epochs
+        self.live_targets = live_targets
         self.rince = RINCE(q, lam)
         self.nce_average = MemoryBank(num_instances, embedding_dim, seed)  # the name in published checkpoints
         self.stats: dict[str, torch.Tensor] = {}
@@ -111,6 +116,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             negatives = bank.sample_negatives(index, self.num_negatives)
             v2a = self._cosines(video, index, negatives, "audio", epoch)
             a2v = self._cosines(audio, index, negatives, "video", epoch)
+            if self.live_targets:
+                v2a, a2v = _with_batch(video, audio, index, v2a), _with_batch(audio, video, index, a2v)
             losses = [self.rince(pos / self.temperature, neg / self.temperature, q) for pos, neg in (v2a, a2v)]
             self.stats = self._measure(video, audio, v2a, a2v)
             if self.training:
@@ -147,6 +154,15 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             "video_spread": spread(video),
             "audio_spread": spread(audio),
         }
+
+
+def _with_batch(
+    query: torch.Tensor, target: torch.Tensor, index: torch.Tensor, cosines: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines with a clip's own live target (N, 1) as positives; those with other instances' join the negatives."""
+    same = index[:, None] == gather(index)
+    live = _dot(query, gather_with_grad(target)[None]).masked_fill(same, -torch.inf)
+    return _dot(query, target[:, None]), torch.cat([cosines[1], live], dim=1)
 
 
 def _dot(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

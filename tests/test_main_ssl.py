@@ -5,23 +5,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
+from tests.tiny import ENV, TORCHRUN, command, differences, run, write_config
 from utils import checkpoint
-
-REPO = Path(__file__).resolve().parents[1]
-SCRIPT = REPO / "main-ssl.py"
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, make_video):
-    """Ten short videos with sound, one of them without."""
+    """Ten short videos with sound."""
     root = tmp_path_factory.mktemp("videos")
     for i in range(10):
         make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
@@ -30,85 +25,17 @@ def videos(tmp_path_factory, make_video):
 
 @pytest.fixture
 def config(tmp_path, videos):
-    """A configuration that trains in seconds; returns a writer of variants."""
+    """Writes variants of a configuration that trains in seconds."""
 
     def write(name="tiny", **changes):
-        cfg = {
-            "num_workers": 1,
-            "print_freq": 1,
-            "save_every_minutes": 1e-9,  # at every step
-            "max_bad_fraction": 0.2,
-            "cache_dir": str(tmp_path / "cache"),
-            "dataset": {
-                "name": "folder",
-                "root": str(videos),
-                "holdout_every": 5,
-                "batch_size": 4,
-                "video_clip_duration": 0.25,
-                "video_fps": 16,
-                "crop_size": 32,
-                "transforms": "msc+color",
-                "audio_clip_duration": 0.5,
-                "spec_params": {"n_fft": 256, "hop_length": 128, "n_mels": 32},
-                "train": {"split": "train", "use_augmentation": True, "drop_last": True, "clips_per_video": 2},
-                "test": {"split": "test"},
-            },
-            "optimizer": {"num_epochs": 2, "lr": {"base_lr": 0.001, "milestones": [1], "gamma": 0.5}},
-            "model": {
-                "name": name,
-                "model_dir": str(tmp_path / "runs"),
-                "arch": "av_wrapper",
-                "args": {"proj_dim": [32, 32, 16], "video_backbone_args": {"depth": 10}},
-            },
-            "loss": {"name": "xID", "args": {"num_negatives": 6, "q": 0.001}},
-        }
-        for key, value in changes.items():
-            section = cfg
-            *parents, last = key.split("__")
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(cfg))
-        return file
+        return write_config(tmp_path, videos, name, **changes)
 
     write.folder = lambda name="tiny": tmp_path / "runs" / name
     return write
 
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def command(*arguments, launcher=()):
-    return [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
-
-
-def run(*arguments, launcher=(), status=0):
-    done = subprocess.run(command(*arguments, launcher=launcher), capture_output=True, text=True, env=ENV, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
 def final(folder):
     return checkpoint.load(folder / checkpoint.LATEST)
-
-
-def equal(a, b):
-    """Whether two states are the same to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "bad_videos", "epoch", "step")
-
-
-def differences(a, b):
-    return [part for part in TRAINED if not equal(a[part], b[part])]
 
 
 def test_a_run_writes_what_it_promises(config):
@@ -168,8 +95,7 @@ def test_two_processes_by_every_launcher(config):
     """Each way of starting two processes trains; BN keeps statistics of its own rank, so weights differ from one's."""
     one = run(config("spawned"), "--multiprocessing-distributed", "--nproc", 2)
     assert "2 processes" in one.stdout
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
-    run(config("torchrun"), launcher=(*torchrun, "--rdzv-endpoint=localhost:0"))
+    run(config("torchrun"), launcher=TORCHRUN)
     assert differences(final(config.folder("spawned")), final(config.folder("torchrun"))) == []
     file = config("nodes")
     shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517", "--multiprocessing-distributed", "--nproc", 1)
@@ -179,11 +105,9 @@ def test_two_processes_by_every_launcher(config):
     assert differences(final(config.folder("nodes")), final(config.folder("torchrun"))) == []
 
 
-def test_accumulation_draws_the_same_clips(config):
-    file = config("parts", accumulate=2)
-    run(file)
-    parts = (config.folder("parts") / "metrics.jsonl").read_text().count("\n")
-    assert parts == 8
+def test_accumulation_takes_the_same_steps(config):
+    run(config("parts", accumulate=2))
+    assert (config.folder("parts") / "metrics.jsonl").read_text().count("\n") == 8
 
 
 def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):

@@ -24,6 +24,7 @@ log = logging.getLogger("avssrl")
 
 LATEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint-previous.pth.tar"
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
+AVID_PREFIXES = {"spt_": "spatial_", "tmp_": "temporal_"}  # AVID-CMA's names of layers in a block, and ours
 
 
 FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go on under other values
@@ -271,6 +272,39 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
         text = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in parts if names)
         raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
     module.load_state_dict(dict(weights), strict=False)
+
+
+def recognise(state: Mapping, source: str) -> tuple[dict, str]:
+    """The weights of a whole pre-trained model by our names, and in words whose they are, by what the file holds.
+
+    Known are ours, the thesis' published ones, AVID-CMA's, and the bare state dicts of each.
+
+    Raises:
+        UserError: it holds another network; the message says which, or what was found.
+    """
+    weights = state.get("model", state)
+    weights = unwrap_names(weights) if isinstance(weights, Mapping) else {}
+    if any(name.startswith("layer1.0.conv1.0") for name in weights):
+        raise UserError(
+            f"{source}: is a torchvision R(2+1)D (layer1.0.conv1.0 ...), which is another network: its temporal "
+            "convolutions have other widths and its stem is factorised; take an AV-SSRL or AVID-CMA checkpoint"
+        )
+    if not any(name.startswith("video_model.") for name in weights):
+        found = ", ".join(list(weights or state)[:3]) or "nothing"
+        raise UserError(f"{source}: expected weights called video_model.*, found {found}; not a pre-trained model")
+    if any(f".{prefix}" in name for name in weights for prefix in AVID_PREFIXES):
+        for prefix, ours in AVID_PREFIXES.items():
+            weights = {name.replace(f".{prefix}", f".{ours}"): value for name, value in weights.items()}
+        return weights, "AVID-CMA's checkpoint"
+    if "config" in state:
+        return weights, f"our checkpoint of {state['config']['model']['name']} after {state.get('epoch')} epochs"
+    epoch = f" after {state['epoch']} epochs" if isinstance(state.get("epoch"), int) else ""
+    return weights, f"a checkpoint in the thesis' format{epoch}"
+
+
+def part_of(weights: Mapping, part: str) -> dict:
+    """The weights of one part of a model, such as `video_model`, by that part's own names."""
+    return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
 
 
 def unwrap_names(state: Mapping) -> dict:

@@ -15,6 +15,29 @@ def pretraining_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def evaluation_parser(description: str) -> argparse.ArgumentParser:
+    """The options of eval-action-recg-linear.py and eval-action-recg.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cfg", metavar="CFG", help="YAML of the benchmark, such as configs/ucf/8at16-linear.yaml")
+    parser.add_argument("model_cfg", metavar="MODEL_CFG", help="YAML of the pre-training")
+    add_common_options(parser)
+    group = parser.add_argument_group("evaluation")
+
+    def add(name: str, **options: object) -> None:
+        group.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **options)
+
+    add("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change a key of MODEL_CFG; repeatable")
+    add("--checkpoint", metavar="FILE", help="pre-trained weights; default: the checkpoint of MODEL_CFG's run")
+    add("--random-weights", action="store_true", help="no pre-trained weights: the baseline")
+    add("--few-shot-ratio", type=float, metavar="R", help="train on this share of each class's videos, (0, 1]")
+    add("--use-rest-classes", action="store_true", help="a classifier for the unseen classes and one for the seen ones")
+    add("--allow-missing", action="store_true", help="go on without videos that are missing or cannot be read")
+    add("--test-only", action="store_true", help="no training: the test of the stored classifier")
+    add("--resume", action="store_true", help="go on with the stored classifier")
+    add("--debug", action="store_true", help="one worker, batch size 1")
+    return parser
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that all four scripts take. Each is spelt with dashes or with underscores."""
     add = parser.add_argument

@@ -23,7 +23,8 @@ class Key:
     """One configuration key: what it may hold and what it holds when left out.
 
     `kind` is a Python type; float also takes whole numbers and YAML's `1e-5`, which YAML reads as text. `items` is the
-    kind of a list's items. `check` answers True for a good value, and `allowed` says in words what that is.
+    kind of a list's items, `null_items` lets them be null, `lift` takes a single value as a list of one. `check`
+    answers True for a good value, and `allowed` says in words what that is.
     """
 
     kind: type
@@ -31,6 +32,8 @@ class Key:
     choices: tuple = ()
     nullable: bool = False
     items: type | None = None
+    null_items: bool = False
+    lift: bool = False
     check: Callable[[Any], bool] | None = None
     allowed: str = ""
 
@@ -167,6 +170,7 @@ LOSS_ARGS = {
         "N_hard": _at_least_0(int, None, nullable=True),
         "s": _at_least_0(int, 512),
         "s_prime": _at_least_0(int, 128),
+        "live_targets": _flag(False),  # positives, and more negatives, from the batch itself
         "checkpoint": _text(None, nullable=True),  # start from that run's bank
     },
     "VICLoss": {
@@ -203,9 +207,75 @@ PRETRAINING = {
     "loss": {"name": _one_of(*LOSS_ARGS), "args": Switch("name", LOSS_ARGS)},
 }
 
+EVALUATION_SPLIT = {
+    "split": _text(),  # {fold} stands for the fold
+    "use_augmentation": _flag(False),
+    "drop_last": _flag(False),
+    "use_shuffle": _flag(False),
+    "mode": _one_of("clip", default="clip"),
+    "clips_per_video": _positive(int, 1),
+}
+_VIDEO_MODE = {**EVALUATION_SPLIT, "mode": _one_of("video", default="video"), "clips_per_video": _positive(int, 10)}
+
+_HEAD_ARGS = {
+    "n_classes": _positive(int, None, nullable=True),  # null: as the data
+    "use_dropout": _flag(False),
+    "dropout": _share(0.5),
+}
+CLASSIFIER_ARGS = {
+    "MOSTWrapper": {  # linear: one classifier a feature, each list one value a feature or one for all
+        **_HEAD_ARGS,
+        "feat_names": _list(str),
+        "pooling_ops": Key(list, [None], items=str, null_items=True, lift=True),
+        "feat_dims": Key(list, items=int, lift=True),
+        "use_bn": Key(list, [False], items=bool, lift=True),
+        "l2_norm": Key(list, [False], items=bool, lift=True, null_items=True),
+    },
+    "ClassificationWrapper": {  # fine-tuning
+        **_HEAD_ARGS,
+        "feat_name": _text("pool"),
+        "pooling_op": _text(None, nullable=True),
+        "feat_dim": _positive(int, 512),
+    },
+}
+
+EVALUATION = {
+    **{
+        key: PRETRAINING[key]
+        for key in ("test_only", "seed", "num_workers", "test_freq", "print_freq", "precision", "compile", "cache_dir")
+    },
+    "resume": _flag(False),
+    "encoder_bn": _one_of("eval", "train", default="eval"),  # linear; train: as the thesis' script in fact did
+    "feature_views": _at_least_0(int, 0),  # linear: views of each training video, made once; 0: fresh ones every epoch
+    "few_shot_seed": _at_least_0(int, 42),
+    "benchmark": {"name": _text()},
+    "dataset": {
+        **{
+            key: value
+            for key, value in DATASET.items()
+            if key not in ("name", "train", "test", "list", "labels", "label_column", "holdout_every")
+        },
+        "name": _one_of("ucf101", "hmdb51", "demo"),
+        "num_folds": _positive(int, None, nullable=True),  # folds 1 to this, in place of `fold`
+        "rest_classes": _text(None, nullable=True),  # a file of unseen classes; null: the thesis' list
+        "train": EVALUATION_SPLIT,
+        "test": {**EVALUATION_SPLIT, "final_clips_per_video": _positive(int, 25)},
+        "test_dense": _VIDEO_MODE,
+    },
+    "optimizer": {
+        **OPTIMIZER,
+        "other_lrs": _list(float, []),  # linear: further base_lr, tried in the same pass
+        "warmup_classifier": _flag(False),  # fine-tuning: first the classifier alone
+        "warmup_epochs": _positive(int, 5),
+    },
+    "model": {"name": _one_of(*CLASSIFIER_ARGS), "args": Switch("name", CLASSIFIER_ARGS)},
+}
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
     """Read a YAML configuration, apply `KEY=VALUE` overrides (dotted keys), check it, fill in defaults.
+
+    A file with a section `benchmark` configures an evaluation, any other one a pre-training.
 
     Raises:
         UserError: the file is missing or no YAML mapping; a key is unknown (with the nearest known one), missing, of a
@@ -224,7 +294,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for override in overrides:
         _apply(raw, override)
-    return _check_section(raw, PRETRAINING, "", str(path))
+    return _check_section(raw, EVALUATION if "benchmark" in raw else PRETRAINING, "", str(path))
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -296,10 +366,15 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
 def _convert(value: Any, rule: Key) -> Any:
     """`value` as the kind that the rule asks for, or None where it is of another kind."""
     if rule.kind is list:
+        if rule.lift and not isinstance(value, (list, tuple, dict)):
+            value = [value]
         if not isinstance(value, (list, tuple)):
             return None
         items = [_convert(item, Key(rule.items)) for item in value]
-        return None if any(item is None for item in items) else items
+        bad = any(
+            item is None and not (rule.null_items and raw is None) for item, raw in zip(items, value, strict=True)
+        )
+        return None if bad else items
     if rule.kind is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -318,7 +393,8 @@ def _describe(rule: Key) -> str:
     if rule.choices:
         text = "one of " + ", ".join(str(choice) for choice in rule.choices)
     elif rule.kind is list:
-        text += f" of {'whole numbers' if rule.items is int else 'numbers' if rule.items is float else 'texts'}"
+        kinds = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
+        text += f" of {kinds[rule.items]}" + (" or null" if rule.null_items else "")
     if rule.allowed:
         text += f" {rule.allowed}" if rule.kind is not list else f" ({rule.allowed})"
     return text + (" or null" if rule.nullable else "")

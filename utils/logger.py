@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from utils.distributed import is_main, rank, world_size
-from utils.errors import UserError
+from utils.errors import RunFailed, UserError
 from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
@@ -45,12 +45,12 @@ def stage(title: str) -> None:
     log.info("---- %s %s", title, "-" * (70 - len(title)))
 
 
-def start_run(config: Mapping, quiet: bool) -> Path:
-    """Open the run's folder `<model_dir>/<name>`, set up the log, and note where the run comes from.
+def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
+    """Open the run's folder, by default `<model_dir>/<name>`, set up the log, and note where the run comes from.
 
     Rank 0 writes the resolved configuration to `config.yaml` and adds one line on this start to `runs.jsonl`.
     """
-    folder = Path(config["model"]["model_dir"]) / config["model"]["name"]
+    folder = folder or Path(config["model"]["model_dir"]) / config["model"]["name"]
     try:
         setup_logging(folder, quiet)
         stage("Run")
@@ -158,7 +158,11 @@ class StepClock:
         self._waited, self._clips = 0.0, 0
 
     def timed(self, batches: Iterable) -> Iterable:
-        """Go through `batches`, noting how long each was waited for."""
+        """Go through `batches`, noting how long each was waited for.
+
+        Raises:
+            RunFailed: a worker of the loader died.
+        """
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -166,6 +170,10 @@ class StepClock:
                 batch = next(iterator)
             except StopIteration:
                 return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RunFailed(f"rank {rank()}: {' '.join(str(error).split())}; out of memory?") from None
             self._waited += time.perf_counter() - asked
             yield batch
 

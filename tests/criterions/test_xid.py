@@ -69,6 +69,31 @@ def test_loss_gradients_and_bank_are_those_of_the_formula(q, monkeypatch):
             assert (criterion.nce_average.rows(name).double() - banks[name]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("q", [0, 0.1])
+def test_live_targets_are_those_of_the_formula(q, monkeypatch):
+    """Positives are the batch's own pairs, its other instances join the bank's negatives, both sides get gradients."""
+    video, audio, index = batch(5)
+    index[3] = index[1]  # another clip of the same video is no negative
+    negatives = (index[:, None] + torch.arange(1, 8)) % 30
+    criterion = xID(30, 8, **ARGS, temperature=0.1, live_targets=True).double()
+    monkeypatch.setattr(criterion.nce_average, "sample_negatives", lambda index, k: negatives)
+    banks = copy_of_banks(criterion)
+
+    def slow(video, audio):
+        losses = []
+        video, audio = (torch.stack([row / row.norm() for row in rows]) for rows in (video, audio))
+        for queries, targets, bank in ((video, audio, banks["audio"]), (audio, video, banks["video"])):
+            for i in range(5):
+                neg = [torch.dot(queries[i], bank[k]) / 0.1 for k in negatives[i].tolist()]
+                neg += [torch.dot(queries[i], targets[j]) / 0.1 for j in range(5) if index[j] != index[i]]
+                losses.append(reference_rince(torch.dot(queries[i], targets[i]) / 0.1, neg, q, 0.05))
+        return sum(losses) / len(losses)
+
+    ours = value_and_gradients(lambda v, a: criterion(v, a, index, q=q), video, audio)
+    for mine, other in zip(ours, value_and_gradients(slow, video, audio), strict=True):
+        assert (mine - other).abs().max() <= 1e-9 * other.abs().max()
+
+
 def test_hard_negatives_join_from_their_epoch_on(monkeypatch):
     video, audio, index = batch()
     plain, hard = xID(30, 8, **ARGS).double(), xID(30, 8, **ARGS, **HARD).double()
@@ -201,7 +226,7 @@ def test_stats_tell_alignment_and_collapse():
     assert criterion.stats["audio_spread"].item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("hard", [{}, HARD])
+@pytest.mark.parametrize("hard", [{}, HARD, {"live_targets": True}])
 def test_no_host_sync(no_host_sync, hard):
     video, audio, index = batch(dtype=torch.float32)
     criterion = xID(30, 8, **ARGS, **hard)

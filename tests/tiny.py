@@ -1,0 +1,92 @@
+"""A run that trains in seconds on a CPU, for tests that start the scripts as a user does."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+REPO = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+LOSSES = {"main-ssl.py": {"name": "xID", "args": {"num_negatives": 6}}, "main-vicreg.py": {"name": "VICLoss"}}
+HEADS = {"main-ssl.py": ("av_wrapper", "proj_dim"), "main-vicreg.py": ("vicreg_wrapper", "exp_dim")}
+
+
+def write_config(folder: Path, videos: Path, name: str = "tiny", script: str = "main-ssl.py", **changes) -> Path:
+    """Write `<folder>/<name>.yaml`, a run into `<folder>/runs/<name>`; `changes` are keys, their dots written as __."""
+    arch, dims = HEADS[script]
+    cfg = {
+        "num_workers": 1,
+        "print_freq": 1,
+        "save_every_minutes": 1e-9,  # at every step
+        "max_bad_fraction": 0.2,
+        "cache_dir": str(folder / "cache"),
+        "dataset": {
+            "name": "folder",
+            "root": str(videos),
+            "holdout_every": 5,
+            "batch_size": 4,
+            "video_clip_duration": 0.25,
+            "video_fps": 16,
+            "crop_size": 32,
+            "transforms": "msc+color",
+            "audio_clip_duration": 0.5,
+            "spec_params": {"n_fft": 256, "hop_length": 128, "n_mels": 32},
+            "train": {"split": "train", "use_augmentation": True, "drop_last": True, "clips_per_video": 2},
+            "test": {"split": "test"},
+        },
+        "optimizer": {"num_epochs": 2, "lr": {"base_lr": 0.001, "milestones": [1], "gamma": 0.5}},
+        "model": {
+            "name": name,
+            "model_dir": str(folder / "runs"),
+            "arch": arch,
+            "args": {dims: [32, 32, 16], "video_backbone_args": {"depth": 10}},
+        },
+        "loss": copy.deepcopy(LOSSES[script]),
+    }
+    for key, value in changes.items():
+        section = cfg
+        *parents, last = key.split("__")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(cfg))
+    return file
+
+
+def command(*arguments: object, script: str = "main-ssl.py", launcher: tuple = ()) -> list[str]:
+    """The command line of a script."""
+    return [sys.executable, *launcher, str(REPO / script), *map(str, arguments)]
+
+
+def run(
+    *arguments: object, script: str = "main-ssl.py", launcher: tuple = (), status: int = 0, **options: object
+) -> subprocess.CompletedProcess:
+    """Run a script to its end, which must come with this exit status."""
+    full = command(*arguments, script=script, launcher=launcher)
+    done = subprocess.run(full, capture_output=True, text=True, env=ENV, timeout=300, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "epoch", "step")
+
+
+def differences(a: dict, b: dict, parts: tuple = TRAINED) -> list[str]:
+    """The parts of two states that are not the same to the bit."""
+    return [part for part in parts if not _equal(a[part], b[part])]
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b

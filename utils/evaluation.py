@@ -1,0 +1,248 @@
+"""What the two evaluation scripts share: what is evaluated, where the results go, and how accuracies are counted."""
+
+import argparse
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from utils import checkpoint
+from utils.config import flatten, load_config
+from utils.distributed import is_main
+from utils.errors import UserError
+from utils.logger import provenance
+
+log = logging.getLogger("avssrl")
+
+FREE_TO_CHANGE = ("resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root")
+"""Keys that leave an evaluation's meaning alone."""
+
+
+def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str) -> tuple[dict, dict]:
+    """CFG and MODEL_CFG of a command line, with what its options change in them.
+
+    Raises:
+        UserError: a bad key or option, or a file that is not what its place on the command line asks for.
+    """
+    cfg, model_cfg = load_config(args.cfg, args.set), load_config(args.model_cfg, args.set_model)
+    if "benchmark" not in cfg:
+        raise UserError(f"{args.cfg}: has no section benchmark: it configures a pre-training, not an evaluation")
+    if "benchmark" in model_cfg:
+        raise UserError(f"{args.model_cfg}: configures an evaluation; MODEL_CFG is the YAML of the pre-training")
+    if cfg["model"]["name"] != classifier:
+        raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that see {other_script}")
+    if args.checkpoint and args.random_weights:
+        raise UserError("--checkpoint and --random-weights: one or the other")
+    if args.few_shot_ratio is not None and not 0 < args.few_shot_ratio <= 1:
+        raise UserError(f"--few-shot-ratio {args.few_shot_ratio:g}: expected above 0 and at most 1")
+    if args.seed is not None:
+        cfg["seed"] = args.seed
+    if args.debug:
+        cfg["num_workers"], cfg["dataset"]["batch_size"] = 1, 1
+    cfg["resume"] |= args.resume
+    cfg["test_only"] |= args.test_only
+    return cfg, model_cfg
+
+
+def folds(cfg: dict) -> list[int]:
+    """The folds to evaluate: `dataset.fold`, or 1 to `dataset.num_folds`."""
+    data = cfg["dataset"]
+    return list(range(1, data["num_folds"] + 1)) if data["num_folds"] else [data["fold"]]
+
+
+def variant(args: argparse.Namespace, cfg: dict) -> str:
+    """What sets an evaluation apart from the plain one of its YAML, as a folder's name; empty for the plain one."""
+    parts = []
+    if args.checkpoint:
+        path = Path(args.checkpoint)
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
+        parts.append(f"checkpoint-{path.name.removesuffix('.tar').removesuffix('.pth')}-{digest}")
+    if args.random_weights and not cfg["benchmark"]["name"].endswith("-random"):
+        parts.append("random-weights")
+    if args.few_shot_ratio is not None:
+        seed = f"-seed-{cfg['few_shot_seed']}" if cfg["few_shot_seed"] != 42 else ""
+        parts.append(f"few-shot-{args.few_shot_ratio:g}{seed}")
+    if args.use_rest_classes:
+        parts.append("rest-classes")
+    if cfg["seed"]:
+        parts.append(f"seed-{cfg['seed']}")
+    return "_".join(parts)
+
+
+def fold_folder(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> Path:
+    """Where one fold's results go: `<benchmark folder>/fold-<NN>/`, and in it a variant's own folder."""
+    return benchmark_folder(cfg, model_cfg) / f"fold-{fold:02d}" / variant(args, cfg)
+
+
+def benchmark_folder(cfg: dict, model_cfg: dict) -> Path:
+    """`<model_dir>/<name>/eval-<benchmark.name>`."""
+    model = model_cfg["model"]
+    return Path(model["model_dir"]) / model["name"] / f"eval-{cfg['benchmark']['name']}"
+
+
+def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) -> str:
+    """Load pre-trained weights into a video backbone, or leave its random ones; says in words what they are.
+
+    Raises:
+        UserError: no such checkpoint, or it does not fit.
+    """
+    if args.random_weights:
+        return "random weights"
+    if args.checkpoint:
+        path = Path(args.checkpoint)
+        state = checkpoint.load(path)
+    else:
+        folder = Path(model_cfg["model"]["model_dir"]) / model_cfg["model"]["name"]
+        found = checkpoint.load_latest(folder)
+        if found is None:
+            raise UserError(
+                f"{folder / checkpoint.LATEST}: no such checkpoint; pre-train with {args.model_cfg}, or give "
+                "--checkpoint FILE, or --random-weights for the baseline"
+            )
+        state, path = found
+    weights, words = checkpoint.recognise(state, str(path))
+    checkpoint.load_weights(encoder, checkpoint.part_of(weights, "video_model"), f"{path} (video_model)")
+    return f"{words}, {path}"
+
+
+def check_class_count(cfg: dict, classes: Sequence[str]) -> None:
+    """Raise UserError, with both numbers, where the YAML's number of classes is not that of the data."""
+    asked = cfg["model"]["args"]["n_classes"]
+    if asked not in (None, len(classes)):
+        raise UserError(
+            f"model.args.n_classes: {asked}, but the data have {len(classes)} classes; "
+            f"leave it out, or --set model.args.n_classes={len(classes)}"
+        )
+
+
+class Failures:
+    """Videos that could not be decoded: an error, or with `allow` a list for the result."""
+
+    def __init__(self, allow: bool) -> None:
+        self.allow, self.names = allow, {}
+
+    def __call__(self, failures: list[tuple[str, str]]) -> None:
+        """Note failures of all ranks; every rank must call it with the same.
+
+        Raises:
+            UserError: there are some and they are not allowed.
+        """
+        if failures and not self.allow:
+            name, reason = failures[0]
+            raise UserError(f"{name}: cannot be decoded ({reason}); mend it, or go on without it by --allow-missing")
+        for name, reason in failures:
+            if name not in self.names:
+                log.warning("left out: %s: %s", name, reason)
+            self.names[name] = reason
+
+
+# ------------------------------------------------------------------------------------------------------- accuracies
+
+
+def top_share(scores: Tensor, labels: Tensor, k: int) -> float:
+    """Share of rows, in percent, whose label is among the min(k, classes) largest scores. Ties count against it.
+
+    Scores are (N, classes), labels (N,).
+    """
+    own = scores.gather(1, labels.unsqueeze(1))
+    ahead = (scores >= own).sum(1) - 1
+    return 100.0 * (ahead < k).double().mean().item()
+
+
+def clip_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Clip@1 and Clip@5 in percent: each of the clips of logits (videos, clips, classes) is a sample of its own."""
+    each = labels.repeat_interleave(logits.shape[1])
+    return {f"Clip@{k}": top_share(logits.flatten(0, 1), each, k) for k in (1, 5)}
+
+
+def video_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Video@1 and Video@5 in percent, by `video_scores` of logits (videos, clips, classes)."""
+    return {f"Video@{k}": top_share(video_scores(logits), labels, k) for k in (1, 5)}
+
+
+def video_scores(logits: Tensor) -> Tensor:
+    """Logits (videos, clips, classes) to the mean over the clips of their softmax, (videos, classes)."""
+    return logits.double().softmax(2).mean(1)
+
+
+# ------------------------------------------------------------------------------------------- stored classifiers
+
+
+def recipe(cfg: dict, **more: object) -> dict:
+    """All that says how an evaluation is made, in plain data."""
+    flat = {key: value for key, value in flatten(cfg).items() if not key.startswith(FREE_TO_CHANGE)}
+    return flat | more
+
+
+class StoredClassifier:
+    """The classifier that an evaluation keeps in its folder, with the prints of what it was made from.
+
+    Args:
+        folder: the evaluation's.
+        cfg: its configuration; `resume` and `test_only` say what is wanted of a stored one.
+        encoder, data: fingerprints of the pre-trained weights and of the videos.
+        recipe: what `recipe` answered.
+    """
+
+    def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict) -> None:
+        self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
+        self.prints = {"encoder": encoder, "data": data, "recipe": recipe}
+
+    def load(self) -> dict | None:
+        """The stored state, on every rank; None where a new classifier is to be trained.
+
+        Raises:
+            UserError: it was made from something else, or `test_only` finds none.
+        """
+        if not (self.cfg["resume"] or self.cfg["test_only"]):
+            return None
+        found = checkpoint.load_latest(self.folder)
+        if found is None:
+            if self.cfg["test_only"]:
+                raise UserError(f"{self.folder / checkpoint.LATEST}: no stored classifier; train without --test-only")
+            return None
+        state, path = found
+        for what in ("encoder", "data"):
+            if state[what] != self.prints[what]:
+                raise UserError(
+                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]}; start anew without "
+                    "--resume and with --set resume=false"
+                )
+        then, now = state["recipe"], self.prints["recipe"]
+        for key in then | now:
+            if then.get(key) != now.get(key):
+                raise UserError(
+                    f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; go back to that, or start "
+                    "anew without --resume and with --set resume=false"
+                )
+        log.info("going on from %s", path)
+        return state
+
+    def save(self, **state: object) -> None:
+        """Rank 0 keeps a state."""
+        if is_main():
+            checkpoint.save(self.folder, {**self.prints, **state})
+
+
+def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:
+    """What an evaluation is of, for its results."""
+    return {
+        "kind": kind,
+        "benchmark": cfg["benchmark"]["name"],
+        "dataset": cfg["dataset"]["name"],
+        "fold": fold,
+        "model": model_cfg["model"]["name"],
+        "arch": model_cfg["model"]["arch"],
+        "variant": variant(args, cfg),
+        "learning_rate": cfg["optimizer"]["lr"]["base_lr"],
+        "made": provenance(),
+    }
+
+
+def describe_few_shot(args: argparse.Namespace, cfg: dict, videos: list[str]) -> dict | None:
+    """The few-shot subset: ratio, seed and the videos themselves, so that they can be checked."""
+    if args.few_shot_ratio is None:
+        return None
+    return {"ratio": args.few_shot_ratio, "seed": cfg["few_shot_seed"], "videos": videos}

@@ -1,0 +1,91 @@
+"""A frozen encoder: features of clips, and the proof that it stayed as it was."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from utils.sync_bn import count_rank, share_bn
+
+
+class FrozenEncoder:
+    """A feature extractor that is only looked at.
+
+    Args:
+        extractor: clips (N, 3, T, H, W) to a dict of features (N, D); frozen here, and put into eval mode.
+        prepare: frames (N, T, H, W, 3) and their augmentation (N, 5) or None, on the device, to clips.
+        autocast: the context of a forward pass.
+        device: where it runs.
+        drifts: let `training_features` use, and let drift, the BN statistics of its batches, as in the thesis.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        prepare: Callable[[Tensor, Tensor | None], Tensor],
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        device: torch.device,
+        drifts: bool = False,
+    ) -> None:
+        self.extractor = extractor.to(device).requires_grad_(False).eval()
+        self.prepare, self.autocast, self.device, self.drifts = prepare, autocast, device, drifts
+        self.hash = self.hash_now()
+        self._weights_hash = tensor_hash(dict(self.extractor.named_parameters()))
+        self._start = {name: value.clone() for name, value in self.extractor.state_dict().items()}
+        if drifts:
+            share_bn(self.extractor)
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+        """Frames uint8 (N, T, H, W, 3) and their augmentation (N, 5) to float32 features (N, D) by name."""
+        on_device = [None if x is None else x.to(self.device, non_blocking=True) for x in (frames, augmentation)]
+        with self.autocast():
+            features = self.extractor(self.prepare(*on_device))
+        return {name: value.float() for name, value in features.items()}
+
+    def training_features(self, batch: Mapping, clip_shape: Iterable[int]) -> dict[str, Tensor]:
+        """Features of this rank's share of a training batch, on the CPU; empty for an empty share.
+
+        Every rank must call it for every batch. `clip_shape` is (T, H, W, 3).
+        """
+        has_clips = "frames" in batch
+        if not has_clips and not self.drifts:
+            return {}
+        self.extractor.train(self.drifts)
+        count_rank(self.extractor, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
+        frames = batch["frames"] if has_clips else torch.zeros(1, *clip_shape, dtype=torch.uint8)
+        features = self(frames, batch.get("video_aug"))
+        self.extractor.eval()
+        return {name: value.cpu() for name, value in features.items()} if has_clips else {}
+
+    def reset(self, drift: Mapping[str, Tensor] | None = None) -> None:
+        """Start anew, or from stored BN statistics."""
+        self.extractor.load_state_dict(self._start | dict(drift or {}))
+
+    def drift(self) -> dict[str, Tensor]:
+        """The BN statistics, where they drift."""
+        return {name: x.cpu() for name, x in self.extractor.named_buffers()} if self.drifts else {}
+
+    def hash_now(self) -> str:
+        """SHA-256 of weights and BN statistics, 16 hexadecimal digits."""
+        return tensor_hash(self.extractor.state_dict())
+
+    def check(self) -> str:
+        """`hash_now()`. RuntimeError where weights, or BN statistics that do not drift, have changed."""
+        after = self.hash_now()
+        weights = tensor_hash(dict(self.extractor.named_parameters()))
+        if weights != self._weights_hash or (after != self.hash and not self.drifts):
+            raise RuntimeError(f"the frozen encoder has changed: its hash was {self.hash} and is {after}")
+        return after
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

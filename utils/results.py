@@ -1,0 +1,310 @@
+"""Results of evaluations: written beside each other, read back, laid out as tables and pictures.
+
+One evaluation writes, into its folder, `results.json`, and for each classifier `per-class-*.csv` and `confusion-*.png`.
+"""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.evaluation import clip_accuracies, top_share, video_accuracies, video_scores
+from utils.features import ClipOutputs, rows_of
+from utils.metrics import nearest_neighbour_accuracy
+
+log = logging.getLogger("avssrl")
+
+FIGURES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
+
+METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: the thesis' name for it
+THESIS = {  # benchmark, data set, method: top-1, top-5
+    ("linear", "ucf101", "xID"): (51.20, 80.91),
+    ("linear", "ucf101", "VICReg"): (39.75, 71.30),
+    ("linear", "hmdb51", "xID"): (28.08, 61.29),
+    ("linear", "hmdb51", "VICReg"): (21.85, 52.69),
+    ("finetune", "ucf101", "xID"): (73.22, 92.78),
+    ("finetune", "ucf101", "VICReg"): (59.53, 85.94),
+    ("finetune", "hmdb51", "xID"): (42.85, 73.69),
+    ("finetune", "hmdb51", "VICReg"): (34.65, 68.96),
+}
+THESIS_REMARK = (
+    "The thesis pre-trained on 50,000 VGGSound videos for 100 epochs. It does not say whether its figures count clips "
+    "or videos, so top-1 and top-5 stand beside Video@1 and Video@5; its linear script ran the encoder's BN in "
+    "training mode (encoder_bn: train)."
+)
+
+
+def write_json(file: Path, content: Mapping) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = file.with_suffix(".json.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file}: could not be written: {error}") from None
+
+
+def write_classes(
+    folder: Path, name: str, classes: Sequence[str], clip_logits: Tensor, video_logits: Tensor, labels: Tensor
+) -> None:
+    """`per-class-<name>.csv` and `confusion-<name>.png` of one classifier; logits as `accuracies` takes them."""
+    scores = video_scores(video_logits)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
+    with (folder / f"per-class-{name}.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "videos", *FIGURES, "most often taken for", "times"])
+        for c, class_name in enumerate(classes):
+            own = labels == c
+            if not own.any():
+                rows.writerow([class_name, 0, "", "", "", "", "", ""])
+                continue
+            clips, each = clip_logits[own].flatten(0, 1), labels[own].repeat_interleave(clip_logits.shape[1])
+            figures = [top_share(clips, each, k) for k in (1, 5)] + [
+                top_share(scores[own], labels[own], k) for k in (1, 5)
+            ]
+            others = confusion[c].clone()
+            others[c] = 0
+            wrong, times = int(others.argmax()), int(others.max())
+            taken_for = classes[wrong] if times else ""
+            rows.writerow([class_name, int(own.sum()), *(f"{x:.2f}" for x in figures), taken_for, times])
+    draw_confusion(confusion.numpy(), classes, folder / f"confusion-{name}.png")
+
+
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) -> None:
+    """A picture of a confusion matrix (true class, predicted class), each row in percent of its videos.
+
+    Its size grows with the number of classes, so that the names of 101 can be read.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    percent = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
+    side = max(4.0, 0.19 * count + 2.5)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
+    axis.set_yticks(range(count), classes, fontsize=8)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.set_title(f"Video-level confusion, {int(confusion.sum())} videos, row percent")
+    if count <= 25:
+        for i, j in zip(*np.nonzero(confusion), strict=True):
+            axis.text(
+                j,
+                i,
+                f"{percent[i, j]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="0.1" if percent[i, j] < 60 else "w",
+            )
+    figure.colorbar(image, ax=axis, shrink=0.5, label="percent")
+    figure.savefig(file, dpi=110)
+
+
+@dataclass
+class Outcome:
+    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `random` at random times."""
+
+    classes: Sequence[str]
+    labels: Tensor
+    logits: Mapping[float, Mapping[str, Tensor]]
+    random: int
+    neighbours: Mapping[str, Mapping[str, float]] | None = None
+
+    def accuracies(self, logits: Tensor) -> dict[str, float]:
+        """Clip@k, Video@k in percent, and the numbers of clips and videos behind them."""
+        clips, even = logits[:, : self.random], logits[:, self.random :]
+        counts = {"clips": clips[..., 0].numel(), "clips_in_video_mode": even[..., 0].numel(), "videos": len(logits)}
+        return clip_accuracies(clips, self.labels) | video_accuracies(even, self.labels) | counts
+
+
+def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outcome]) -> dict:
+    """Write all that an evaluation found, and show its table. `outcomes` is by part: `all`, or `unseen` and `seen`.
+
+    In `results.json`, `results` holds the figures at the base learning rate, by feature (and by part where there are
+    several), `learning_rates` those at each rate.
+    """
+    rates: dict[str, dict] = {}
+    for part, outcome in outcomes.items():
+        rates[part] = {
+            f"{rate:g}": {feature: outcome.accuracies(logits) for feature, logits in by_feature.items()}
+            for rate, by_feature in outcome.logits.items()
+        }
+        for feature, logits in outcome.logits[facts["learning_rate"]].items():
+            name = feature if part == "all" else f"{part}-{feature}"
+            clips, even = logits[:, : outcome.random], logits[:, outcome.random :]
+            write_classes(folder, name, outcome.classes, clips, even, outcome.labels)
+    base = {part: by_rate[f"{facts['learning_rate']:g}"] for part, by_rate in rates.items()}
+    near = {part: outcome.neighbours for part, outcome in outcomes.items() if outcome.neighbours}
+    results = {"results": base.get("all", base), **facts, "learning_rates": rates, "neighbours": near.get("all", near)}
+    write_json(folder / "results.json", results)
+    for line in results_table(results).splitlines():
+        log.info("%s", line)
+    log.info("results: %s", folder / "results.json")
+    return results
+
+
+def finish_folds(folder: Path, results: Sequence[Mapping]) -> None:
+    """Write and show mean and standard deviation over folds: `folds.json`, in a variant `folds-<variant>.json`."""
+    leaves = [{leaf[:3]: leaf[3] for leaf in _leaves(one)} for one in results]
+    mean = [
+        {"part": part, "feature": feature, "learning_rate": rate}
+        | {name: mean_and_deviation([fold[part, feature, rate][name] for fold in leaves]) for name in FIGURES}
+        for part, feature, rate in leaves[0]
+    ]
+    name = "-".join(filter(None, ["folds", results[0]["variant"]]))
+    write_json(folder / f"{name}.json", {"folds": [one["fold"] for one in results], "mean": mean})
+    rows = [["", "learning rate", *FIGURES]]
+    for line in mean:
+        cells = [f"{line[name]['mean']:.2f} +-{line[name]['std']:.2f}" for name in FIGURES]
+        rows.append([f"{line['part']} {line['feature']}", f"{line['learning_rate']:g}", *cells])
+    log.info("mean and standard deviation over %d folds", len(results))
+    for line in _aligned(rows).splitlines():
+        log.info("%s", line)
+
+
+def quick_test(
+    logits_of: Callable[[dict[str, Tensor]], dict[float, dict[str, Tensor]]],
+    tests: ClipOutputs,
+    rows: Tensor,
+    labels: Tensor,
+    clips: int,
+) -> dict[str, float]:
+    """Clip@1 of each classifier on the first few clips of these test videos."""
+    features, present = rows_of(tests, rows)
+    logits = logits_of({name: values[:, :clips] for name, values in features.items()})
+    return {
+        f"Clip@1 {name} {rate:g}": clip_accuracies(values, labels[present])["Clip@1"]
+        for rate, by_feature in logits.items()
+        for name, values in by_feature.items()
+    }
+
+
+def neighbours(
+    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor, random: int
+) -> dict[str, dict[str, float]]:
+    """Nearest training videos of the test videos, by cosine, for each feature: figures in percent, k = 1, 5, 20.
+
+    kNN@k is the accuracy of the majority of the k nearest, R@k the share of test videos with one of their class among
+    them. A training video is the mean of its views (videos, views, D), a test video that of the clips (videos, clips,
+    D) after the first `random`.
+    """
+    figures = {}
+    for name in train:
+        gallery, queries = train[name].mean(1), test[name][:, random:].mean(1)
+        figures[name] = nearest_neighbour_accuracy(gallery, train_labels, queries, test_labels, (1, 5, 20))
+        unit = [torch.nn.functional.normalize(x, dim=1) for x in (queries, gallery)]
+        hits = train_labels[(unit[0] @ unit[1].T).argsort(1, descending=True)] == test_labels.unsqueeze(1)
+        figures[name] |= {f"R@{k}": 100.0 * hits[:, :k].any(1).double().mean().item() for k in (1, 5, 20)}
+    return figures
+
+
+def results_table(results: Mapping) -> str:
+    """The accuracies of one `results.json` as a table for the console."""
+    rows = [["", "learning rate", *FIGURES, "clips", "videos"]]
+    for part, feature, rate, figures in _leaves(results):
+        name = feature if part == "all" else f"{part} {feature}"
+        counts = str(figures["clips"]), str(figures["videos"])
+        rows.append([name, f"{rate:g}", *(f"{figures[f]:.2f}" for f in FIGURES), *counts])
+    return _aligned(rows)
+
+
+def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation (n - 1) of figures of several folds."""
+    values = np.asarray(values, dtype=np.float64)
+    return {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+
+
+def _leaves(results: Mapping) -> Iterator[tuple[str, str, float, Mapping]]:
+    """(part, feature, learning rate, figures) of a `results.json`."""
+    for part, features in results["learning_rates"].items():
+        for rate, by_feature in features.items():
+            for feature, figures in by_feature.items():
+                yield part, feature, float(rate), figures
+
+
+# ------------------------------------------------------------------------------------------- all results of a folder
+
+
+def collect(folder: str | Path) -> list[dict]:
+    """All `results.json` below a folder as rows of one table; of several folds the mean and deviation of each figure.
+
+    Raises:
+        UserError: there is no such folder, or no result in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the one that holds the runs, such as checkpoints/")
+    files = sorted(folder.rglob("results.json"))
+    groups: dict[tuple, list[Mapping]] = {}
+    for file in files:
+        try:
+            results = json.loads(file.read_text())
+            key = tuple(results[name] for name in ("kind", "dataset", "benchmark", "model", "arch", "variant"))
+            leaves = list(_leaves(results))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.warning("%s: no result of this project; left out", file)
+            continue
+        for part, feature, rate, figures in leaves:
+            if rate == results["learning_rate"]:
+                groups.setdefault((*key, part, feature), []).append(figures)
+    if not groups:
+        raise UserError(f"{folder}: no results.json below it; run an evaluation first")
+    names = ("kind", "dataset", "benchmark", "model", "arch", "variant", "part", "feature")
+    rows = []
+    for key, found in sorted(groups.items()):
+        row = dict(zip(names, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
+        rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in FIGURES})
+    return rows
+
+
+def thesis_figures(row: Mapping) -> tuple[float, float] | None:
+    """The thesis' top-1 and top-5 of what a row of `collect` measured, if that is a plain result of its methods."""
+    method = METHODS.get(row["arch"])
+    if row["variant"] or row["part"] != "all" or row["benchmark"].endswith("-random"):
+        return None
+    return THESIS.get((row["kind"], row["dataset"], method))
+
+
+def summary(rows: Sequence[Mapping], form: str) -> str:
+    """The table of `collect` as `text`, `markdown` or `csv`, with the thesis' figures beside those they go with."""
+    heads = ["evaluation", "data", "model", "variant", "part", "feature", "folds", "videos", *FIGURES]
+    table = [[*heads, "thesis top-1", "thesis top-5"]]
+    for row in rows:
+        several = row["folds"] > 1
+        figures = [f"{row[f]['mean']:.2f}" + (f" +-{row[f]['std']:.2f}" if several else "") for f in FIGURES]
+        thesis = [f"{value:.2f}" for value in thesis_figures(row) or ()] or ["", ""]
+        names = [row[name] for name in ("kind", "dataset", "model", "variant", "part", "feature", "folds", "videos")]
+        if row["benchmark"].endswith("-random"):
+            names[3] = " ".join(filter(None, ["random", names[3]]))
+        table.append([*map(str, names), *figures, *thesis])
+    if form == "csv":
+        return "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\n" for line in table)
+    if form == "markdown":
+        lines = ["| " + " | ".join(line) + " |" for line in table]
+        lines.insert(1, "|" + "---|" * len(table[0]))
+        return "\n".join(lines) + f"\n\n{THESIS_REMARK}\n"
+    return _aligned(table) + f"\n{THESIS_REMARK}\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n"
