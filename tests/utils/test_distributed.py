@@ -1,0 +1,105 @@
+"""utils.distributed: which processes a command line and an environment ask for."""
+
+import argparse
+
+import pytest
+
+from utils.cli import pretraining_parser
+from utils.distributed import _first_host, plan_processes
+from utils.errors import UserError
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch):
+    """No launcher's variables, and no GPU unless a test says so."""
+    for name in LAUNCHERS + SLURM:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+def options(*words) -> argparse.Namespace:
+    return pretraining_parser("").parse_args(["cfg.yaml", *words])
+
+
+def test_nothing_set_is_one_process():
+    assert plan_processes(options()) is None
+    assert plan_processes(options("--world-size", "1", "--rank", "0")) is None
+
+
+def test_dashes_and_underscores_are_the_same():
+    words = ("--world_size", "2", "--rank", "1", "--dist_url", "tcp://a:1", "--multiprocessing_distributed")
+    assert options(*words) == options(*(word.replace("_", "-") for word in words))
+    assert options("--distributed").distributed and options("--dist_backend", "gloo").dist_backend == "gloo"
+
+
+def test_one_node():
+    plan = plan_processes(options("--distributed", "--nproc", "3"))
+    assert (plan.world_size, plan.first_rank, plan.local, plan.backend) == (3, 0, 3, "gloo")
+    assert plan.url.startswith("tcp://127.0.0.1:")
+    assert plan_processes(options("--distributed")).local == 1
+
+
+def test_several_nodes(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    words = ("--distributed", "--world-size", "4", "--rank", "2", "--dist-url", "tcp://first:5000")
+    plan = plan_processes(options(*words))
+    assert (plan.world_size, plan.first_rank, plan.local, plan.backend) == (32, 16, 8, "nccl")
+    assert plan.url == "tcp://first:5000"
+    plan = plan_processes(options(*words[1:]))  # a process started by hand on each node
+    assert (plan.world_size, plan.first_rank, plan.local) == (4, 2, None)
+
+
+def test_torchrun(monkeypatch):
+    for name, value in zip(LAUNCHERS, ("5", "8", "1", "host", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    plan = plan_processes(options())
+    assert (plan.world_size, plan.first_rank, plan.local, plan.local_rank, plan.url) == (8, 5, None, 1, "env://")
+    with pytest.raises(UserError, match="torchrun started 8"):
+        plan_processes(options("--world-size", "2"))
+    with pytest.raises(UserError, match="--gpu 0"):
+        plan_processes(options("--gpu", "0"))
+
+
+def test_slurm(monkeypatch):
+    for name, value in zip(SLURM, ("5", "1", "8", "gpu[007-010,12]", "1234567"), strict=True):
+        monkeypatch.setenv(name, value)
+    plan = plan_processes(options())
+    assert (plan.world_size, plan.first_rank, plan.local, plan.local_rank) == (8, 5, None, 1)
+    assert plan.url == "tcp://gpu007:34567"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script: the options decide
+    assert plan_processes(options()) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("node1", "node1"), ("a[3-5]", "a3"), ("a[003,7],b2", "a003"), ("a,b[1-2]", "a"), ("r[1-2]x", "r1x")],
+)
+def test_first_host_of_a_slurm_list(nodes, host):
+    assert _first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--world-size", "0"), "expected 1 or more"),
+        (("--distributed", "--nproc", "0"), "expected 1 or more"),
+        (("--world-size", "2", "--dist-url", "tcp://a:1"), "--rank None: with --world-size 2 expected 0 to 1"),
+        (("--world-size", "2", "--rank", "2", "--dist-url", "tcp://a:1"), "--rank 2"),
+        (("--world-size", "2", "--rank", "0"), "--dist-url"),
+        (("--dist-backend", "nccl"), "needs GPUs"),
+        (("--distributed", "--gpu", "1"), "--gpu 1"),
+    ],
+)
+def test_options_that_do_not_fit(words, message):
+    with pytest.raises(UserError, match=message):
+        plan_processes(options(*words))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="one process a GPU"):
+        plan_processes(options("--distributed", "--nproc", "2"))
+    assert plan_processes(options("--distributed", "--nproc", "2", "--dist-backend", "gloo")).local == 2
