@@ -1,13 +1,17 @@
 """Tables and pictures of finished runs.
 
     python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
+    python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
+    python3 -m utils.report retrieval CFG --checkpoint FILE [--audio-stats FILE]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
-and the nearest-neighbour accuracy of frozen video features.
+and the nearest-neighbour accuracy of frozen video features. A folder in place of a command: all evaluations below it in
+one table. `retrieval` is the cross-modal retrieval of any known checkpoint on the held-out videos of a configuration.
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,13 +23,15 @@ import matplotlib.pyplot as plt
 
 from datasets import build_held_out, build_videos
 from datasets.preprocessing import BatchPrep
+from datasets.statistics import audio_statistics, read_statistics
 from datasets.video_dataset import ClipRecipe, EvenClips, collate_readable, make_loader
 from models import build_model
 from utils import checkpoint
 from utils.cli import run_script
 from utils.config import load_config
-from utils.logger import read_metrics
+from utils.logger import percentages, read_metrics
 from utils.metrics import nearest_neighbour_accuracy
+from utils.results import collect, summary
 from utils.retrieval import cross_modal_retrieval, embed
 
 NEIGHBOURS = 5
@@ -38,8 +44,53 @@ def main() -> None:
     demo = commands.add_parser("demo", help="what runs on the demo data set have learned: a table and a picture")
     demo.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of finished runs")
     demo.add_argument("--out", default="demo.png", help="the picture")
-    args = parser.parse_args()
-    report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+    results = commands.add_parser("results", help="the accuracies of all evaluations below a folder: one table")
+    results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
+    results.add_argument("--form", choices=("text", "markdown", "csv"), default="text")
+    results.add_argument("--out", help="a file; default: the console")
+    cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
+    cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
+    cross.add_argument("--checkpoint", required=True)
+    cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in commands.choices and not arguments[0].startswith("-"):
+        arguments.insert(0, "results")
+    args = parser.parse_args(arguments)
+    if args.command == "demo":
+        report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+    elif args.command == "results":
+        report_results(args.folder, args.form, args.out)
+    else:
+        report_retrieval(load_config(args.cfg), args.checkpoint, args.audio_stats)
+
+
+def report_results(folder: str, form: str, out: str | None) -> None:
+    """Show, or write, the table of all evaluations below a folder."""
+    table = summary(collect(folder), form)
+    if out is None:
+        print(table, end="")
+    else:
+        Path(out).write_text(table)
+
+
+def report_retrieval(cfg: dict, file: str, stats_file: str | None) -> None:
+    """Cross-modal retrieval of a checkpoint on the held-out videos, which says where the audio statistics are from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = checkpoint.load(file)
+    weights, words = checkpoint.recognise(state, file)
+    model = build_model(cfg["model"]).to(device)
+    checkpoint.load_weights(model, weights, file)
+    if stats_file is not None:
+        stats, source = read_statistics(stats_file, cfg["dataset"]["spec_params"]["n_mels"]), stats_file
+    elif "audio_stats" in state:
+        stats, source = state["audio_stats"], "the checkpoint"
+    else:
+        videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
+        recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
+        stats, source = audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
+    prepare = BatchPrep(cfg["dataset"], stats, device)
+    figures = cross_modal_retrieval(embed(model, build_held_out(cfg, device, most=None), prepare))
+    print(f"{words}\naudio statistics: {source}\n{percentages(figures)}")
 
 
 def report_demo(cfgs: list[dict], out: Path) -> None:
@@ -122,20 +173,20 @@ def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
     """Loss and retrieval over the epochs, and queries of the first run with the sounds it finds for them."""
     figure = plt.figure(figsize=(12, 10), layout="constrained")
     curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
-    loss_axis, recall_axis = curves.subplots(1, 2)
-    for cfg in cfgs:
+    *loss_axes, recall_axis = curves.subplots(1, len(cfgs) + 1)
+    for cfg, loss_axis in zip(cfgs, loss_axes, strict=True):
         name, folder = cfg["model"]["name"], run_folder(cfg)
         train, held_out = read_metrics(folder, "train"), read_metrics(folder, "retrieval")
         steps_per_epoch = held_out[-1]["step"] / held_out[-1]["epoch"]
-        loss_axis.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train], label=name)
+        loss_axis.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train])
+        loss_axis.set(xlabel="epoch", ylabel="loss", title=f"Training loss, {name}")
         for direction, style in (("v2a", "-"), ("a2v", "--")):
             epochs, recall = zip(*((r["epoch"], r[f"{direction}_R@10"]) for r in held_out), strict=True)
             recall_axis.plot(epochs, recall, style, marker="o", label=f"{name}, {direction}")
     recall_axis.axhline(rows["chance"]["v2a_R@10"], color="gray", linestyle=":", label="chance")
-    loss_axis.set(xlabel="epoch", ylabel="loss", title="Training loss")
     recall_axis.set(xlabel="epoch", ylabel="R@10, percent", ylim=(0, None), title="Held-out cross-modal retrieval")
-    for axis in (loss_axis, recall_axis):
-        axis.legend()
+    recall_axis.legend(fontsize=8)
+    for axis in (*loss_axes, recall_axis):
         axis.grid(alpha=0.3)
     draw_pairs(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
     figure.savefig(out, dpi=110)

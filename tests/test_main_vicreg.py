@@ -1,0 +1,99 @@
+"""main-vicreg.py as a user runs it, with sound and without, stopped by signals, with numbers that are not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.faults import NAN_IN_STEP_3
+from tests.tiny import ENV, command, differences, run, write_config
+from utils import checkpoint
+
+SCRIPT = "main-vicreg.py"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    """Ten short videos with sound."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    return root
+
+
+def final(folder, name):
+    return checkpoint.load(folder / "runs" / name / checkpoint.LATEST)
+
+
+def test_a_run_logs_each_term(tmp_path, videos):
+    output = run(write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1), script=SCRIPT).stdout
+    assert "VICRegWrapper" in output and "held out, after 2 epochs" in output
+    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    train = [line for line in map(json.loads, lines) if line["group"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 9))
+    for line in train:
+        weighted = 25 * line["sim"] + 25 * line["std"] + line["cov"]
+        assert line["loss"] == pytest.approx(weighted, rel=1e-4)
+    kept = sorted(path.name for path in (tmp_path / "runs/tiny").glob("checkpoint-ep*"))
+    assert kept == ["checkpoint-ep1.pth.tar", "checkpoint-ep2.pth.tar"]  # a milestone, and the last one
+
+
+def test_video_only(tmp_path, make_video):
+    """Silent videos will do; two processes say that their BN is not synchronised."""
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for i in range(5):
+        make_video(silent / f"clip{i}.mp4", seconds=3, fps=16, size=(64, 48), audio_rate=None)
+    changes = {"model__arch": "vicreg_v_wrapper", "dataset__train__video_only": True, "optimizer__num_epochs": 1}
+    file = write_config(tmp_path, silent, script=SCRIPT, **changes)
+    done = run(file, "--distributed", "--nproc", 2, script=SCRIPT)
+    assert "VICRegVideoWrapper" in done.stdout and "BN is not synchronised" in done.stdout
+    assert set(name.split(".")[0] for name in final(tmp_path, "tiny")["model"]) == {"video_model", "video_exp"}
+    error = run(file, "--set", "monitor_every=1", script=SCRIPT, status=2).stderr
+    assert error.startswith("error: ") and "sound" in error
+    error = run(file, "--set", "model.arch=vicreg_wrapper", script=SCRIPT, status=2).stderr
+    assert "video_only" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, number):
+    run(write_config(tmp_path, videos, "whole", SCRIPT), script=SCRIPT)
+    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60)
+    options = ("--distributed", "--nproc", 1) if number == signal.SIGUSR1 else ()
+    process = subprocess.Popen(command(file, *options, script=SCRIPT), env=ENV, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs/stopped/metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2):
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert message.startswith("preempted: stopped by " + number.name) and "run it again" in message
+    stopped = final(tmp_path, "stopped")
+    assert (stopped["epoch"], stopped["step"]) < (2, 0) and stopped["step"] > 0
+    assert "going on from" in run(file, *options, script=SCRIPT).stdout
+    assert differences(final(tmp_path, "stopped"), final(tmp_path, "whole")) == []
+
+
+def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos):
+    file = write_config(tmp_path, videos, "nan", SCRIPT)
+    error = run(file, script=SCRIPT, launcher=("-c", NAN_IN_STEP_3), status=1).stderr
+    assert "failed: not finite in epoch 1, step 3: loss nan" in error
+    report = json.loads((tmp_path / "runs/nan/nonfinite-epoch0-step2.json").read_text())
+    assert report["step"] == 2 and len(report["ranks"][0]["files"]) == 4
+    assert all(name.startswith("clip") for name in report["ranks"][0]["files"])
+    saved = final(tmp_path, "nan")
+    assert (saved["epoch"], saved["step"]) == (0, 2)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize("script", ["main-ssl.py", SCRIPT])
+def test_steps_may_be_left_out(tmp_path, videos, script):
+    file = write_config(tmp_path, videos, "nan", script, skip_nonfinite=1, optimizer__num_epochs=1)
+    output = run(file, script=script, launcher=("-c", NAN_IN_STEP_3)).stdout
+    assert "this step is left out (1 of 1)" in output
+    state = final(tmp_path, "nan")
+    assert all(value.isfinite().all() for value in state["train_criterion"].values())
+    assert all(entry["exp_avg"].isfinite().all() for entry in state["optimizer"]["state"].values())
