@@ -2,9 +2,9 @@
 
     python3 -m tests.faults
 
-Prints a Markdown table: the fault, what happened, and the seconds from the fault to the end of the run. Each run is then
-started again; "nothing lost" means that it ended with the very weights, optimizer and memory bank, bit for bit, of a run
-that nothing happened to.
+Prints a Markdown table: the fault, what happened, and the seconds from the fault to the end of the run. Each run is
+then started again; "nothing lost" means that it ended with the very weights, optimizer and memory bank, bit for bit, of
+a run that nothing happened to.
 """
 
 import os

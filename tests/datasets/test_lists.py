@@ -1,0 +1,125 @@
+"""Which files and labels VGGSound and folders of videos have, and the statistics of their sound."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import build_videos, vggsound
+from datasets.preprocessing import LogMelSpectrogram, normalise_peak
+from datasets.statistics import audio_statistics
+from datasets.video_dataset import VideoList
+from tests.datasets.test_video_dataset import RECIPE
+from utils.errors import UserError
+
+
+def section(name, root, **keys):
+    empty = {"list": None, "labels": None, "label_column": None, "holdout_every": None, "fold": 1}
+    return {"name": name, "root": root and str(root), **empty, **keys}
+
+
+def names(videos):
+    return [videos.name(i) for i in range(len(videos))]
+
+
+@pytest.fixture
+def vgg(tmp_path):
+    """VGGSound as people have it, of empty files."""
+    for folder, files in {
+        "train": ["--0PQM4-hqg_000030.mp4", "a_b-c_5.mp4", "odd name.mp4", "x_000010.mp4", "notes.txt"],
+        "test": ["y_1.mp4"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).touch()
+    (tmp_path / "vggsound.csv").write_text(
+        '--0PQM4-hqg,30,waterfall burbling,train\na_b-c,5,"bird chirping, tweeting",train\nmissing,7,zebra,test\n'
+    )
+    return tmp_path
+
+
+def test_vggsound_takes_the_files_that_are_there(vgg):
+    train = build_videos(section("vggsound", vgg), "train")
+    assert names(train) == [f"train/{n}.mp4" for n in ("--0PQM4-hqg_000030", "a_b-c_5", "odd name", "x_000010")]
+    assert train.classes == ("bird chirping, tweeting", "waterfall burbling", "zebra")
+    assert train.labels.tolist() == [1, 0, -1, -1]
+    assert names(build_videos(section("vggsound", vgg), "test")) == ["test/y_1.mp4"]
+    assert names(build_videos(section("vggsound", vgg), "train_subset")) == names(train)
+
+
+def test_vggsound_subset_by_list_and_by_rule(vgg, monkeypatch):
+    listed = vgg / "subset.txt"
+    listed.write_text("x_10.mp4\n--0PQM4-hqg_30\nnot_there_3\n")  # with and without leading zeros and endings
+    subset = build_videos(section("vggsound", vgg, list=str(listed)), "train_subset")
+    assert names(subset) == ["train/--0PQM4-hqg_000030.mp4", "train/x_000010.mp4"]
+    monkeypatch.setattr(vggsound, "SUBSET_SIZE", 2)
+    by_rule = names(build_videos(section("vggsound", vgg), "train_subset"))
+    assert len(by_rule) == 2 and by_rule == sorted(by_rule)
+    (vgg / "train" / "x_000010.mp4").rename(vgg / "train" / "x_10.mp4")  # the rule looks at id and second
+    assert [
+        n.replace("x_10.", "x_000010.") for n in names(build_videos(section("vggsound", vgg), "train_subset"))
+    ] == by_rule
+
+
+@pytest.mark.parametrize("name", ["vggsound", "folder", "demo", "ucf101"])
+def test_missing_roots_are_named(tmp_path, name):
+    with pytest.raises(UserError, match="dataset.root is not set"):
+        build_videos(section(name, None), "train")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        build_videos(section(name, tmp_path / "nowhere"), "train")
+    with pytest.raises(UserError):
+        build_videos(section(name, tmp_path), "train")
+
+
+def test_mistakes_in_vggsound(vgg):
+    with pytest.raises(UserError, match="split 'valid'"):
+        build_videos(section("vggsound", vgg), "valid")
+    with pytest.raises(UserError, match="none of its 1 videos"):
+        (vgg / "other.txt").write_text("z_1")
+        build_videos(section("vggsound", vgg, list=str(vgg / "other.txt")), "train_subset")
+    with pytest.raises(UserError, match="expected rows of id"):
+        (vgg / "vggsound.csv").write_text("id,label\n")
+        build_videos(section("vggsound", vgg), "train")
+
+
+def test_a_folder_holds_out_every_nth_name(tmp_path):
+    for name in ("b/3.MP4", "a/2.avi", "a/1.mp4", "c.webm", "d.mkv", "a/readme.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "labels.csv").write_text("path,colour,size\na/1.mp4,red,big\n./c.webm,blue,small\n")
+    keys = {"holdout_every": 2, "labels": "labels.csv"}
+    test = build_videos(section("folder", tmp_path, **keys), "test")
+    train = build_videos(section("folder", tmp_path, **keys, label_column="size"), "train")
+    assert names(test) == ["a/1.mp4", "b/3.MP4", "d.mkv"] and names(train) == ["a/2.avi", "c.webm"]
+    assert test.classes == ("blue", "red") and test.labels.tolist() == [1, -1, -1]
+    assert train.classes == ("big", "small") and train.labels.tolist() == [-1, 1]
+    assert len(build_videos(section("folder", tmp_path), "all")) == 5
+    for keys, split, words in (
+        ({}, "train", "holdout_every"),
+        ({"holdout_every": 2}, "trian", "train, test, all"),
+        ({"labels": "no.csv"}, "all", "no.csv"),
+        ({"labels": "labels.csv", "label_column": "shape"}, "all", "path, colour, size"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build_videos(section("folder", tmp_path, **keys), split)
+
+
+def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, make_video, monkeypatch):
+    for i in range(3):
+        make_video(tmp_path / f"{i}.mp4", seconds=0.5, fps=16, audio_rate=8000, audio_codec="aac")
+    (tmp_path / "3.mp4").write_text("no video")
+    videos = VideoList(tmp_path, [f"{i}.mp4" for i in range(4)])
+    stats = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
+    mel = LogMelSpectrogram(8000, **RECIPE.spec_params)
+    from datasets.decoding import read_clip
+
+    clips = [read_clip(tmp_path / f"{i}.mp4", audio_start=0.0, audio_seconds=0.5, sample_rate=8000) for i in range(3)]
+    waves = normalise_peak(torch.stack([torch.from_numpy(clip.waveform) for clip in clips]))
+    spectrograms = mel(waves).transpose(0, 1).flatten(1).double()
+    np.testing.assert_allclose(stats["mean"], spectrograms.mean(1), atol=0.02)
+    np.testing.assert_allclose(stats["std"], spectrograms.std(1, correction=0), atol=0.02)
+    monkeypatch.setattr("datasets.statistics._compute", None)  # the second time it is not called
+    again = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
+    assert all(torch.equal(stats[name], again[name]) for name in ("mean", "std"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="none of 1 videos could be read"):
+        audio_statistics(VideoList(tmp_path, ["3.mp4"]), RECIPE, 0, tmp_path / "cache")

@@ -1,0 +1,164 @@
+"""datasets.video_dataset: what a position of an epoch holds, and that nothing but the seed decides about it."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.video_dataset import (
+    MAX_ATTEMPTS,
+    ClipRecipe,
+    EpochBatches,
+    EvenClips,
+    TrainingClips,
+    VideoList,
+    collate,
+    collate_readable,
+    epoch_order,
+    make_loader,
+)
+
+RECIPE = ClipRecipe(
+    video_seconds=0.5,
+    video_fps=8.0,
+    crop_size=32,
+    frame_size=36,
+    transforms="msc+color",
+    resize="bilinear",
+    area=(0.08, 1.0),
+    aspect=(3 / 4, 4 / 3),
+    color=(0.4, 0.4, 0.4, 0.2),
+    augment=True,
+    audio_seconds=0.5,
+    sample_rate=8000,
+    spec_params={"n_fft": 256, "hop_length": 128, "n_mels": 32},
+    tfmask_params={
+        "time_mask_ratio": 0.2,
+        "time_mask_size": 5,
+        "freq_mask_ratio": 0.2,
+        "freq_mask_size": 3,
+        "var_masks": True,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    """Six videos, of which number 4 is broken and number 5 silent."""
+    root = tmp_path_factory.mktemp("videos")
+    names = [f"clip {i} (#&!).mp4" for i in range(6)]
+    for i, name in enumerate(names):
+        make_video(root / name, seconds=1.5, fps=16, audio_rate=None if i == 5 else 16000)
+    data = (root / names[4]).read_bytes()
+    (root / names[4]).write_bytes(data[: len(data) // 4])
+    return VideoList(root, names, labels=[0, 1, 0, 1, 0, 1], classes=["a", "b"])
+
+
+def good(videos):
+    return videos if len(videos) == 4 else VideoList(videos.root, [videos.name(i) for i in range(4)], [0, 1, 0, 1])
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) if key != "failures" else a[key] == b[key]
+        for key in a
+    )
+
+
+def test_a_list_keeps_names_labels_and_its_fingerprint(tmp_path):
+    names = ["a.mp4", "sub/é ü.mp4", "--0PQM4-hqg_000030.mp4", "tail "]
+    videos = VideoList(tmp_path, names, [3, 1, 2, 0])
+    assert [videos.name(i) for i in range(4)] == names and videos.path(1) == tmp_path / names[1]
+    assert videos.labels.tolist() == [3, 1, 2, 0]
+    assert videos.fingerprint == VideoList("/elsewhere", names).fingerprint
+    assert videos.fingerprint != VideoList(tmp_path, names[::-1]).fingerprint
+    assert videos.fingerprint != VideoList(tmp_path, [*names[:3], "tail  "]).fingerprint
+    assert videos._names.is_shared()
+
+
+def test_every_video_comes_equally_often_and_epochs_differ():
+    orders = [epoch_order(7, 3, seed=1, epoch=epoch) for epoch in range(3)]
+    for order in orders:
+        assert np.bincount(order).tolist() == [3] * 7
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[1], epoch_order(7, 3, seed=1, epoch=1))
+    assert not np.array_equal(orders[1], epoch_order(7, 3, seed=2, epoch=1))
+
+
+def test_a_sample_has_the_promised_shapes(videos):
+    sample = TrainingClips(good(videos), RECIPE, 2, seed=0)[0, 3]
+    assert sample["frames"].shape == (4, 32, 32, 3) and sample["frames"].dtype == torch.uint8
+    assert sample["waveform"].shape == (4000,) and sample["waveform"].dtype == torch.float32
+    assert sample["mel_mask"].shape == (32,) and sample["time_mask"].shape == (RECIPE.num_spectrogram_frames,)
+    assert sample["video_aug"].shape == (5,) and 0.7 <= sample["gain"] <= 1
+    assert sample["label"] == sample["index"] % 2 and sample["failures"] == []
+
+
+def test_only_seed_epoch_and_position_decide(videos):
+    """Not the number of workers, not the batch, not where the epoch was entered."""
+    clips = TrainingClips(good(videos), RECIPE, 2, seed=5)
+    whole = EpochBatches(len(clips), 4)
+    whole.start_at(1)
+    first = list(make_loader(clips, 0, batch_sampler=whole))
+    for batch, again in zip(first, make_loader(clips, 2, batch_sampler=whole), strict=True):
+        assert same(batch, again)
+    late = EpochBatches(len(clips), 4)
+    late.start_at(1, 1)
+    (resumed,) = make_loader(TrainingClips(good(videos), RECIPE, 2, seed=5), 1, batch_sampler=late)
+    assert same(resumed, first[1])
+    assert not same(clips[1, 0], clips[2, 0]) and not same(clips[1, 0], TrainingClips(good(videos), RECIPE, 2, 6)[1, 0])
+
+
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
+def test_processes_and_parts_share_the_batches_of_one(world_size, parts):
+    one = list(EpochBatches(27, 8))
+    assert [len(batch) for batch in one] == [8, 8, 8]
+    ranks = [list(EpochBatches(27, 8, parts=parts, rank=r, world_size=world_size)) for r in range(world_size)]
+    for step, batch in enumerate(one):
+        together = [key for part in range(parts) for rank in ranks for key in rank[step * parts + part]]
+        assert together == batch
+
+
+def test_a_short_last_batch_is_kept_if_asked_for():
+    batches = [list(EpochBatches(27, 8, rank=r, world_size=2, drop_last=False)) for r in range(2)]
+    assert [len(batch) for batch in batches[0]] == [4, 4, 4, 1] == [len(batch) for batch in batches[1]]
+    assert EpochBatches(27, 8).steps == 3 and EpochBatches(27, 8, drop_last=False).steps == 4
+
+
+def test_a_bad_video_is_replaced_by_the_same_other_one_and_named(videos):
+    clips = TrainingClips(videos, RECIPE, 2, seed=0)
+    order = clips.order(0)
+    for position, video in enumerate(order):
+        sample = clips[0, position]
+        assert same(sample, TrainingClips(videos, RECIPE, 2, seed=0)[0, position])
+        if video < 4:
+            assert sample["index"] == video and not sample["failures"]
+        else:
+            assert sample["index"] < 4
+            name, reason = sample["failures"][0]
+            assert name == videos.name(video) and ("has no audio" in reason) == (video == 5)
+    batch = collate([clips[0, position] for position in range(len(clips))])
+    assert len(batch["index"]) == len(clips) and len(batch["failures"]) >= 4
+
+
+def test_nothing_readable_gives_a_batch_of_failures(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.mp4").write_text("no video")
+    clips = TrainingClips(VideoList(tmp_path, [f"{i}.mp4" for i in range(3)]), RECIPE, 1, seed=0)
+    batch = collate([clips[0, 0], clips[0, 1]])
+    assert set(batch) == {"failures"} and len(batch["failures"]) == 2 * MAX_ATTEMPTS
+
+
+def test_pairs_are_two_clips_of_one_silent_video(videos):
+    sample = TrainingClips(VideoList(videos.root, [videos.name(5)] * 2), RECIPE, 1, seed=0, pairs=True)[0, 0]
+    assert sample["frames"].shape == sample["frames_2"].shape == (4, 32, 32, 3)
+    assert "waveform" not in sample and not torch.equal(sample["frames"], sample["frames_2"])
+
+
+def test_even_windows_leave_out_what_cannot_be_read(videos):
+    clips = EvenClips(videos, RECIPE, windows=3)
+    sample = clips[0]
+    assert sample["frames"].shape == (3, 4, 32, 32, 3) and sample["waveform"].shape == (3, 4000)
+    batch = collate_readable([clips[i] for i in range(6)])
+    assert batch["index"].tolist() == [0, 1, 2, 3] and len(batch["failures"]) == 2
+    assert set(collate_readable([clips[4]])) == {"failures"}
+    assert EvenClips(videos, RECIPE, 2, sound=False)[5]["frames"].shape == (2, 4, 32, 32, 3)

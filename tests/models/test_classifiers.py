@@ -1,0 +1,89 @@
+"""models.classifiers: pooling from a fixed set, several features, dropout that does not ask how many processes run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.classifiers import ClassificationWrapper, FeatureExtractor, MOSTWrapper, build_pooling
+from models.video import R2Plus1d
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return R2Plus1d(10).eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "shape"),
+    [
+        (None, nn.Identity, (2, 8, 4, 6, 6)),
+        ("AdaptiveMaxPool3d((1, 1, 1))", nn.AdaptiveMaxPool3d, (2, 8, 1, 1, 1)),
+        ("AdaptiveAvgPool3d(1)", nn.AdaptiveAvgPool3d, (2, 8, 1, 1, 1)),
+        ("nn.AdaptiveMaxPool3d((2,1,1))", nn.AdaptiveMaxPool3d, (2, 8, 2, 1, 1)),
+        ("torch.nn.MaxPool3d((1, 3, 3))", nn.MaxPool3d, (2, 8, 4, 2, 2)),
+        ("AvgPool3d(2)", nn.AvgPool3d, (2, 8, 2, 3, 3)),
+    ],
+)
+def test_pooling_by_name(text, kind, shape):
+    pool = build_pooling(text)
+    assert type(pool) is kind and pool(torch.randn(2, 8, 4, 6, 6)).shape == shape
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Linear(3)", "AdaptiveMaxPool3d", "AdaptiveMaxPool3d((1, 1))", "AvgPool3d(0)", "print(1)", "AvgPool3d(x)"],
+)
+def test_other_pooling_is_refused(text):
+    with pytest.raises(UserError, match="pooling"):
+        build_pooling(text)
+
+
+def test_features_by_name_and_their_widths(backbone):
+    video = torch.randn(2, 3, 4, 32, 32)
+    extractor = FeatureExtractor(
+        backbone, ["pool", "conv5x", "conv5x"], [None, None, "AdaptiveAvgPool3d(1)"], [512, 512, 512]
+    )
+    features = extractor(video)
+    assert list(features) == ["pool", "conv5x", "conv5x-2"]
+    embs = backbone(video, return_embs=True)
+    torch.testing.assert_close(features["pool"], embs["pool"].flatten(1))
+    torch.testing.assert_close(features["conv5x-2"], embs["conv5x"].mean((2, 3, 4)))
+    with pytest.raises(UserError, match="has 512 values a clip, and the YAML says 64"):
+        FeatureExtractor(backbone, ["pool"], feat_dims=[64])(video)
+    with pytest.raises(UserError, match="no feature 'conv9'"):
+        FeatureExtractor(backbone, ["conv9"])(video)
+    with pytest.raises(UserError, match="feat_dims: 2 values for 3 feat_names"):
+        FeatureExtractor(backbone, ["pool", "conv4x", "conv5x"], feat_dims=[512, 256])
+
+
+def test_linear_classifiers_normalise_as_asked():
+    torch.manual_seed(0)
+    names = ["plain", "unit", "bn"]
+    probe = MOSTWrapper(names, 3, [8], use_bn=[False, False, True], l2_norm=[False, True, None])
+    features = {name: 5 * torch.randn(6, 8) + 2 for name in names}
+    logits = probe.train()(features)
+    bn = (features["bn"] - features["bn"].mean(0)) / (features["bn"].var(0, unbiased=False) + 1e-5).sqrt()
+    inputs = {"plain": features["plain"], "unit": F.normalize(features["unit"], dim=1), "bn": bn}
+    for name, x in inputs.items():
+        linear = probe.classifiers[name].classifier
+        torch.testing.assert_close(logits[name], x @ linear.weight.T + linear.bias, atol=1e-4, rtol=1e-4)
+    alone = probe({name: value[:1] for name, value in features.items()})  # a batch of one has no variance
+    assert torch.isfinite(alone["bn"]).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert probe(features)["plain"].dtype == torch.float32
+
+
+def test_dropout_of_a_batch_hangs_on_its_key_alone(backbone):
+    model = ClassificationWrapper(backbone, 4, use_dropout=True, dropout=0.25)
+    keep = model.draw_dropout(1000, (0, 3, 7))
+    assert torch.equal(keep, model.draw_dropout(1000, (0, 3, 7)))
+    assert not torch.equal(keep, model.draw_dropout(1000, (0, 3, 8)))
+    assert keep.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert abs((keep == 0).float().mean().item() - 0.25) < 0.01
+    video = torch.randn(2, 3, 4, 32, 32)
+    dropped = model(video, keep[:2])
+    torch.testing.assert_close(dropped, model.head(backbone(video).flatten(1) * keep[:2]))
+    assert torch.equal(ClassificationWrapper(backbone, 4).draw_dropout(3, (0,)), torch.ones(3, 512))

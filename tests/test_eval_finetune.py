@@ -1,0 +1,172 @@
+"""eval-action-recg.py as a user runs it: real files, real processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from tests import tiny, tiny_evaluation
+from utils import checkpoint
+from utils.sync_bn import SharedBatchNorm, count_rank, share_bn
+
+SCRIPT = "eval-action-recg.py"
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory, make_video):
+    return tiny_evaluation.make_ucf(tmp_path_factory.mktemp("ucf"), make_video)
+
+
+@pytest.fixture
+def cfgs(tmp_path, ucf):
+    """Writes an evaluation's configuration; returns it and that of the model."""
+
+    def write(**changes):
+        options = {"model__args__use_dropout": True, "optimizer__lr__base_lr": 1e-3, **changes}
+        evaluation = tiny_evaluation.write_evaluation(tmp_path, ucf, "ClassificationWrapper", **options)
+        return evaluation, tiny.write_config(tmp_path, ucf)
+
+    return write
+
+
+def evaluate(folder, *arguments):
+    return tiny_evaluation.results(folder, SCRIPT, *arguments)
+
+
+def stored(folder):
+    return checkpoint.load(next(folder.glob("runs/**/checkpoint.pth.tar")))["parts"]["all"]
+
+
+def test_results_hold_what_they_promise_and_the_encoder_learns(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__warmup_classifier=True, optimizer__warmup_epochs=2, benchmark__name="tiny-random")
+    found = evaluate(tmp_path, cfg, model, "--random-weights")
+    folder = tmp_path / "runs/tiny/eval-tiny-random/fold-01"  # no variant: the benchmark's name says it
+    assert json.loads((folder / "results.json").read_text()) == found
+    assert found["results"]["pool"]["clips"] == 24 and found["results"]["pool"]["videos"] == 6
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["group"] == "all train"] == list(range(1, 13))  # 4 epochs of 3
+    log = (folder / "train.log").read_text()
+    assert "warm-up epoch 2/4" in log and "warm-up epoch 3/4" not in log and "after epoch 3" in log
+    torch.manual_seed(0)
+    from models import build_model
+    from utils.config import load_config
+
+    fresh = build_model(load_config(model)["model"]).video_model.state_dict()
+    name = "conv5x.spatial_conv1.weight"
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "optimizer.warmup_epochs=4")
+    assert not torch.equal(stored(tmp_path)["model"][f"video_model.{name}"], fresh[name])
+
+
+def test_warm_up_leaves_the_backbone_alone(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__warmup_classifier=True, optimizer__warmup_epochs=1, optimizer__num_epochs=1)
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    first = checkpoint.load(next(tmp_path.glob("runs/**/checkpoint-previous.pth.tar")))["parts"]["all"]
+    from models import build_model
+    from utils.config import load_config
+
+    torch.manual_seed(0)
+    fresh = build_model(load_config(model)["model"]).video_model.state_dict()
+    assert first["epoch"] == 1 and first["warming"]
+    backbone = checkpoint.part_of(first["model"], "video_model")
+    assert all(torch.equal(backbone[name], value) for name, value in fresh.items())
+
+
+def test_any_number_of_processes_finds_the_same(cfgs, tmp_path):
+    """Three processes, 8 clips in batches of 7: shares of 2, 2, 3 and 0, 0, 1. BN and dropout are those of one process.
+
+    By small steps of SGD: BN of so few values magnifies rounding, and Adam makes whole steps of what remains.
+    """
+    options = {"dataset__batch_size": 7, "dataset__crop_size": 64, "optimizer__num_epochs": 1}
+    cfg, model = cfgs(**options, optimizer__name="sgd", optimizer__lr__base_lr=1e-5)
+    arguments = (cfg, model, "--random-weights")
+    one = evaluate(tmp_path, *arguments)
+    weights = stored(tmp_path)["model"]
+    three = evaluate(tmp_path, *arguments, "--distributed", "--nproc", 3)
+    assert tiny_evaluation.comparable(three) == tiny_evaluation.comparable(one)
+    found = stored(tmp_path)["model"]
+    torch.testing.assert_close(found["head.classifier.bias"], weights["head.classifier.bias"], atol=1e-6, rtol=0)
+    for name in (name for name in weights if name.endswith(("running_mean", "running_var"))):
+        torch.testing.assert_close(found[name], weights[name], atol=2e-2, rtol=2e-2)
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):
+    cfg, model = cfgs()
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+    whole = checkpoint.load(file)
+    shutil.move(file.with_name(checkpoint.PREVIOUS), file)  # as it was after the first epoch
+    found = evaluate(tmp_path, cfg, model, "--random-weights", "--resume")
+    assert tiny.differences(checkpoint.load(file), whole, ("parts",)) == []
+    assert evaluate(tmp_path, cfg, model, "--random-weights", "--test-only")["results"] == found["results"]
+
+
+def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__num_epochs=1, dataset__train__drop_last=False)
+    lists = tmp_path / "rest.txt"
+    lists.write_text("handstand pushups\n")
+    found = evaluate(
+        tmp_path, cfg, model, "--random-weights", "--use-rest-classes", "--set", f"dataset.rest_classes={lists}",
+        "--few-shot-ratio", 0.5,
+    )  # fmt: skip
+    assert set(found["results"]) == {"unseen", "seen"} and len(found["few_shot"]["videos"]) == 4
+    assert found["results"]["seen"]["pool"]["Clip@1"] == 100  # one class
+
+
+def test_mistakes_end_in_one_line(cfgs):
+    cfg, model = cfgs()
+    error = tiny.run(cfg, model, "--set", "model.args.n_classes=7", "--random-weights", script=SCRIPT, status=2).stderr
+    assert error.startswith("error: ") and error.count("\n") == 1 and "7" in error and "2 classes" in error
+    assert "no such checkpoint" in tiny_evaluation.mistake(SCRIPT, cfg, model)
+    other = ("--set", "model.name=MOSTWrapper", "--set", "model.args={feat_names: [pool], feat_dims: [512]}")
+    assert "eval-action-recg-linear.py" in tiny_evaluation.mistake(SCRIPT, cfg, model, *other)
+
+
+# ------------------------------------------------------------------------------------- BN over all processes
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1), nn.BatchNorm3d(2, affine=False))
+
+
+def loss_of(net, clips):
+    return (net(clips) * torch.arange(1.0, 3.0).view(1, 2, 1, 1, 1)).square().sum(dim=(1, 2, 3, 4))
+
+
+def shared_bn_worker(rank, file, answer):
+    """Shares of 3, 2 and 0 samples of a batch of 5."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
+    net = share_bn(network())
+    assert sum(isinstance(module, SharedBatchNorm) for module in net.modules()) == 2
+    clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    own = (clips[:3], clips[3:], torch.full((1, 3, 2, 4, 4), 9.0))[rank].requires_grad_()
+    count_rank(net, rank < 2)
+    loss = loss_of(net, own).sum() * (rank < 2)
+    loss.backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    inputs = [None] * 3
+    dist.all_gather_object(inputs, own.grad)
+    if rank == 0:
+        torch.save({"gradients": gradients, "inputs": inputs, "state": net.state_dict()}, answer)
+    dist.destroy_process_group()
+
+
+def test_shared_bn_is_the_bn_of_the_whole_batch(tmp_path):
+    mp.spawn(shared_bn_worker, (tmp_path / "meet", tmp_path / "answer"), nprocs=3)
+    found = torch.load(tmp_path / "answer")
+    net = network()
+    clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    loss_of(net, clips).sum().backward()
+    for gradient, p in zip(found["gradients"], net.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.cat(found["inputs"][:2]), clips.grad, atol=1e-4, rtol=1e-3)
+    assert not found["inputs"][2].any()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found["state"][name], value, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,240 @@
+"""eval-action-recg-linear.py as a user runs it: real files, real processes."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny, tiny_evaluation
+from utils import checkpoint
+
+SCRIPT = "eval-action-recg-linear.py"
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory, make_video):
+    return tiny_evaluation.make_ucf(tmp_path_factory.mktemp("ucf"), make_video)
+
+
+@pytest.fixture
+def cfgs(tmp_path, ucf):
+    """Writes an evaluation's configuration; returns it and that of the model."""
+
+    def write(**changes):
+        root = changes.pop("root", ucf)
+        return tiny_evaluation.write_evaluation(tmp_path, root, **changes), tiny.write_config(tmp_path, root)
+
+    return write
+
+
+def evaluate(folder, *arguments, launcher=()):
+    return tiny_evaluation.results(folder, SCRIPT, *arguments, launcher=launcher)
+
+
+def fail(*arguments):
+    return tiny_evaluation.mistake(SCRIPT, *arguments)
+
+
+def test_results_hold_what_they_promise(cfgs, tmp_path):
+    two = {"model__args__feat_names": ["pool", "conv4x"], "model__args__pooling_ops": [None, "AdaptiveAvgPool3d(1)"]}
+    shape = {"model__args__feat_dims": [512, 256], "model__args__use_bn": [False, True]}
+    cfg, model = cfgs(**two, **shape, feature_views=2, optimizer__other_lrs=[0.1])
+    tiny_evaluation.run_here(SCRIPT, cfg, model, "--random-weights", "--quiet")
+    folder = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights"
+    found = json.loads((folder / "results.json").read_text())
+    for figures in (found["results"]["pool"], found["results"]["conv4x"]):
+        assert figures["clips"] == 6 * 4 and figures["clips_in_video_mode"] == 6 * 3 and figures["videos"] == 6
+        assert figures["Clip@5"] == figures["Video@5"] == 100  # of two classes
+        assert 0 <= figures["Clip@1"] <= 100 and figures["Video@1"] % (100 / 6) < 1e-9 + 100 / 6
+    assert set(found["learning_rates"]["all"]) == {"0.01", "0.1"}
+    assert set(found["neighbours"]["pool"]) >= {"kNN@1", "kNN@5", "R@1", "R@20"}
+    assert found["encoder"]["hash"] == found["encoder"]["hash_after"]
+    assert found["recipe"]["dataset.crop_size"] == 32 and found["encoder"]["weights"] == "random weights"
+    with (folder / "per-class-conv4x.csv").open() as file:
+        assert [row["videos"] for row in csv.DictReader(file)] == ["3", "3"]
+    assert (folder / "confusion-pool.png").stat().st_size > 1000
+    output = (folder / "train.log").read_text()
+    assert "Clip@1" in output and "random weights" in output
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    stored = checkpoint.load(folder / checkpoint.LATEST)["parts"]["all"]
+    assert stored["epoch"] == 2 and set(stored["heads"]) == {0.01, 0.1}
+
+
+@pytest.mark.parametrize(
+    ("views", "processes", "launcher"),
+    [
+        (0, ("--distributed", "--nproc", 3), ()),  # 8 clips in batches of 3: 3, 3, 2
+        (2, ("--distributed",), tiny.TORCHRUN),
+    ],
+)
+def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, processes, launcher):
+    cfg, model = cfgs(feature_views=views, optimizer__lr__base_lr=0.001, model__args__use_dropout=True)
+    found = {}
+    for name, arguments, launcher in (("one", (), ()), ("many", processes, launcher)):
+        arguments = (*arguments, "--random-weights", "--set", f"cache_dir={tmp_path / name}")
+        found[name] = evaluate(tmp_path, cfg, model, *arguments, launcher=launcher)
+        file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+        found[name]["head"] = checkpoint.load(file)["parts"]["all"]["heads"][0.001]
+    one, many = found["one"], found["many"]
+    heads = one.pop("head")
+    for name, value in many.pop("head").items():
+        torch.testing.assert_close(value, heads[name], atol=1e-5, rtol=1e-4)
+    assert tiny_evaluation.comparable(many) == tiny_evaluation.comparable(one)
+
+
+def test_the_thesis_bn_drifts_and_weights_do_not(cfgs, tmp_path):
+    cfg, model = cfgs(encoder_bn="train", dataset__batch_size=2)
+    found = {}
+    for name, processes in (("one", ()), ("three", ("--distributed", "--nproc", 3))):  # one share is always empty
+        found[name] = evaluate(tmp_path, cfg, model, "--random-weights", *processes)
+        file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+        found[name]["drift"] = checkpoint.load(file)["parts"]["all"]["drift"]
+    encoder = found["one"]["encoder"]
+    assert encoder["bn"] == "train" and encoder["hash"] != encoder["hash_after"]
+    for name, value in found["three"]["drift"].items():
+        torch.testing.assert_close(value, found["one"]["drift"][name], atol=2e-3, rtol=2e-2)
+    assert found["one"]["results"] == found["three"]["results"]
+    assert "feature_views: 0" in fail(cfg, model, "--random-weights", "--set", "feature_views=1")
+
+
+def test_features_are_made_once(cfgs, tmp_path):
+    cfg, model = cfgs(feature_views=2)
+    first = evaluate(tmp_path, cfg, model, "--random-weights")
+    folders = sorted((tmp_path / "cache/features").iterdir())
+    assert len(folders) == 2
+    stored = [np.load(folder / "pool.npy") for folder in folders]
+    assert sorted(array.shape for array in stored) == [(6, 7, 512), (8, 2, 512)]
+    evaluate(tmp_path, cfg, model, "--random-weights", "--few-shot-ratio", 0.5)
+    log = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5/train.log"
+    assert log.read_text().count("features: read from") == 2
+    assert evaluate(tmp_path, cfg, model, "--random-weights")["results"] == first["results"]
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.video_fps=8")
+    assert len(list((tmp_path / "cache/features").iterdir())) == 4
+
+
+def test_unseen_and_seen_classes_and_few_shot_subsets(cfgs, tmp_path):
+    cfg, model = cfgs(feature_views=1)
+    lists = tmp_path / "rest.txt"
+    lists.write_text("# unseen\nhandstand pushups\n")
+    more = ("--random-weights", "--use-rest-classes", "--set", f"dataset.rest_classes={lists}")
+    found = {}
+    for ratio in (0.3, 0.5):
+        found[ratio] = evaluate(tmp_path, cfg, model, *more, "--few-shot-ratio", ratio)
+        assert set(found[ratio]["results"]) == {"unseen", "seen"}
+        assert all(part["pool"]["videos"] == 3 for part in found[ratio]["results"].values())
+        assert found[ratio]["few_shot"]["seed"] == 42
+    few, half = (found[ratio]["few_shot"]["videos"] for ratio in (0.3, 0.5))
+    assert len(few) == 2 and len(half) == 4 and set(few) < set(half)
+    folder = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5_rest-classes"
+    assert (folder / "confusion-unseen-pool.png").is_file() and (folder / "per-class-seen-pool.csv").is_file()
+    lists.write_text("handstand pushup\n")
+    assert "the nearest is HandstandPushups" in fail(cfg, model, *more)
+
+
+def test_resume_and_test_only(cfgs, tmp_path):
+    cfg, model = cfgs()
+    base = (cfg, model, "--random-weights")
+    assert "no stored classifier" in fail(*base, "--test-only")
+    whole = evaluate(tmp_path, *base)
+    assert evaluate(tmp_path, *base, "--test-only")["results"] == whole["results"]
+    assert "optimizer.lr.base_lr 0.01, now 0.5" in fail(*base, "--resume", "--set", "optimizer.lr.base_lr=0.5")
+    assert "was trained with encoder" in fail(
+        *base, "--resume", "--set-model", "model.args.video_backbone_args.depth=18"
+    )
+    evaluate(tmp_path, *base, "--debug", "--set", "optimizer.num_epochs=1")
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):
+    cfg, model = cfgs(model__args__use_dropout=True)
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+    whole = checkpoint.load(file)
+    shutil.move(file.with_name(checkpoint.PREVIOUS), file)  # as it was after the first epoch
+    assert checkpoint.load(file)["parts"]["all"]["epoch"] == 1
+    evaluate(tmp_path, cfg, model, "--random-weights", "--resume")
+    assert tiny.differences(checkpoint.load(file), whole, ("parts",)) == []
+
+
+def test_foreign_checkpoints(cfgs, tmp_path):
+    from models import build_model
+    from utils.config import load_config
+
+    cfg, model = cfgs()
+    torch.manual_seed(3)
+    weights = build_model(load_config(model)["model"]).state_dict()
+    names = {"spatial_": "spt_", "temporal_": "tmp_"}
+    avid = weights
+    for ours, theirs in names.items():
+        avid = {name.replace(f".{ours}", f".{theirs}"): value for name, value in avid.items()}
+    states = {
+        "thesis": {"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 100},
+        "avid": {"model": {f"module.{name}": value for name, value in avid.items()}, "epoch": 200},
+        "torchvision": {"stem.0.weight": torch.ones(1), "layer1.0.conv1.0.0.weight": torch.ones(1)},
+        "other": {"model": {"fc.weight": torch.ones(1)}},
+    }
+    missing = dict(states["thesis"]["model"])
+    missing.pop("module.video_model.conv4x.out_bn.bias")
+    missing["module.video_model.conv1.0.weight"] = torch.ones(32, 3, 3, 7, 7)
+    states["missing"] = {"model": missing}
+    for name, state in states.items():
+        torch.save({"train_criterion": {}, "optimizer": {}, **state} if "model" in state else state, tmp_path / name)
+    found = {name: evaluate(tmp_path, cfg, model, "--checkpoint", tmp_path / name) for name in ("thesis", "avid")}
+    assert found["thesis"]["results"] == found["avid"]["results"]
+    assert "the thesis' format after 100 epochs" in found["thesis"]["encoder"]["weights"]
+    assert "AVID-CMA" in found["avid"]["encoder"]["weights"]
+    error = fail(cfg, model, "--checkpoint", tmp_path / "missing")
+    assert "conv4x.out_bn.bias" in error and "conv1.0.weight is (32, 3, 3, 7, 7), expected (64, 3, 3, 7, 7)" in error
+    assert "torchvision R(2+1)D" in fail(cfg, model, "--checkpoint", tmp_path / "torchvision")
+    assert "found fc.weight" in fail(cfg, model, "--checkpoint", tmp_path / "other")
+    assert "no such checkpoint" in fail(cfg, model)
+    (tmp_path / "text").write_text("no checkpoint")
+    assert "not a readable checkpoint" in fail(cfg, model, "--checkpoint", tmp_path / "text")
+
+
+def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
+    root = tmp_path / "ucf"
+    shutil.copytree(ucf, root)
+    gone, bad = sorted((root / "videos/HandstandPushups").iterdir())[-2:]
+    gone.unlink()
+    bad.write_bytes(bad.read_bytes()[:500])
+    cfg, model = cfgs(root=root)
+    assert "1 of the 6 videos of a list are missing" in fail(cfg, model, "--random-weights")
+    found = evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing", "--distributed", "--nproc", 2)
+    assert found["missing"] == [f"videos/HandstandPushups/{gone.name}"]
+    assert list(found["unreadable"]) == [f"videos/HandstandPushups/{bad.name}"]
+    assert found["results"]["pool"]["videos"] == 4 and found["results"]["pool"]["clips"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--set", "model.args.n_classes=101"), ("101", "2 classes")),
+        (("--few-shot-ratio", "0"), ("--few-shot-ratio 0", "above 0")),
+        (("--few-shot-ratio", "1.5"), ("--few-shot-ratio 1.5", "at most 1")),
+        (("--set", "model.args.feat_names=[pol]"), ("'pol'", "conv5x", "pool")),
+        (("--set", "model.args.feat_dims=[511]"), ("512", "511")),
+        (("--set", "model.args.pooling_ops=[__import__('os').system('true')]"), ("AdaptiveMaxPool3d",)),
+        (("--set", "model.name=ClassificationWrapper", "--set", "model.args={}"), ("eval-action-recg.py",)),
+        (("--set", "dataset.fold=2"), ("trainlist02.txt", "no such list")),
+        (("--set", "dataset.train.drop_last=true", "--set", "dataset.batch_size=99"), ("99", "8 clips")),
+        (("--checkpoint", "x"), ("--checkpoint and --random-weights",)),
+        (("--set", "benchmrk.name=x"), ("benchmrk", "did you mean benchmark?")),
+    ],
+)
+def test_mistakes_end_in_one_line(cfgs, arguments, words):
+    cfg, model = cfgs()
+    error = fail(cfg, model, "--random-weights", *arguments)
+    for word in words:
+        assert word in error
+
+
+def test_swapped_configurations(cfgs):
+    cfg, model = cfgs()
+    error = tiny.run(model, cfg, script=SCRIPT, status=2).stderr
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "not an evaluation" in fail(model, cfg, "--random-weights")
+    assert "MODEL_CFG is the YAML of the pre-training" in fail(cfg, cfg, "--random-weights")

@@ -1,0 +1,111 @@
+"""utils.results and utils.evaluation: accuracies against a slow reference, files, the table of all results."""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from utils import evaluation, results
+from utils.errors import UserError
+
+
+def test_accuracies_are_those_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    videos, clips, classes = 11, 4, 7
+    logits = torch.randn(videos, clips, classes, generator=generator)
+    labels = torch.randint(classes, (videos,), generator=generator)
+    clip_hits, video_hits = {1: 0, 5: 0}, {1: 0, 5: 0}
+    for v in range(videos):
+        score = np.zeros(classes)
+        for c in range(clips):
+            values = logits[v, c].double().numpy()
+            exps = [math.exp(value) for value in values]
+            score += np.array(exps) / sum(exps) / clips
+            for k in clip_hits:
+                clip_hits[k] += int(labels[v]) in np.argsort(-values)[:k]
+        for k in video_hits:
+            video_hits[k] += int(labels[v]) in np.argsort(-score)[:k]
+    found = evaluation.clip_accuracies(logits, labels) | evaluation.video_accuracies(logits, labels)
+    for k in (1, 5):
+        assert found[f"Clip@{k}"] == pytest.approx(100 * clip_hits[k] / (videos * clips))
+        assert found[f"Video@{k}"] == pytest.approx(100 * video_hits[k] / videos)
+    two = evaluation.clip_accuracies(logits[..., :2], labels.clamp_max(1))
+    assert two["Clip@5"] == 100  # of two classes
+    tied = evaluation.top_share(torch.zeros(3, 4), torch.tensor([0, 1, 2]), 1)
+    assert tied == 0  # a network that tells nothing apart scores nothing
+
+
+def outcome(classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat(4)
+    names = [f"class {i}" for i in range(classes)]
+    return results.Outcome(
+        names, labels, {1e-4: {"pool": torch.randn(4 * classes, 6, classes, generator=generator)}}, 4
+    )
+
+
+def facts(fold, **changes):
+    named = {"kind": "linear", "benchmark": "ucf101-linear-8at16", "dataset": "ucf101", "model": "VGGSound-N1024"}
+    return named | {"arch": "av_wrapper", "variant": "", "fold": fold, "learning_rate": 1e-4, **changes}
+
+
+def test_per_class_figures_add_up(tmp_path):
+    written = results.finish_evaluation(tmp_path, facts(1), {"all": outcome(classes=101)})
+    with (tmp_path / "per-class-pool.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 101
+    for name in results.FIGURES:
+        mean = np.mean([float(row[name]) for row in rows])
+        assert mean == pytest.approx(written["results"]["pool"][name], abs=0.01)
+    assert json.loads((tmp_path / "results.json").read_text()) == written
+    assert (tmp_path / "confusion-pool.png").stat().st_size > 20_000
+
+
+def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
+    folds = []
+    for fold in (1, 2, 3):
+        folder = tmp_path / f"VGGSound-N1024/eval-x/fold-{fold:02d}"
+        folder.mkdir(parents=True)
+        folds.append(results.finish_evaluation(folder, facts(fold), {"all": outcome(seed=fold)}))
+    other = tmp_path / "demo"
+    other.mkdir()
+    parts = {"unseen": outcome(seed=5), "seen": outcome(seed=6)}
+    results.finish_evaluation(other, facts(1, variant="rest-classes", kind="finetune"), parts)
+    results.finish_folds(tmp_path, folds)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/results.json").write_text("{}")
+    rows = results.collect(tmp_path)
+    assert [(row["kind"], row["part"], row["folds"]) for row in rows] == [
+        ("finetune", "seen", 1), ("finetune", "unseen", 1), ("linear", "all", 3)
+    ]  # fmt: skip
+    values = [fold["results"]["pool"]["Video@1"] for fold in folds]
+    assert rows[2]["Video@1"] == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1))}
+    kept = json.loads((tmp_path / "folds.json").read_text())
+    assert kept["folds"] == [1, 2, 3] and kept["mean"][0]["Video@1"] == rows[2]["Video@1"]
+    text, markdown = results.summary(rows, "text"), results.summary(rows, "markdown")
+    assert (
+        "51.20" in text and "80.91" in text and "does not say" in text and markdown.startswith("| evaluation | data |")
+    )
+    table = list(csv.DictReader(io.StringIO(results.summary(rows, "csv"))))
+    assert [row["thesis top-1"] for row in table] == ["", "", "51.20"] and table[2]["folds"] == "3"
+    random = {**rows[2], "benchmark": "ucf101-linear-8at16-random"}
+    assert results.thesis_figures(random) is None
+    command = [sys.executable, "-m", "utils.report", str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPO, env=tiny.ENV)
+    assert printed.stdout == text
+    with pytest.raises(UserError, match="no results.json below it"):
+        results.collect(_empty(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        results.collect(tmp_path / "absent")
+
+
+def _empty(folder):
+    (folder / "empty").mkdir()
+    return folder / "empty"
