@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(RUN) -m utils.report demo --out demo.png configs/demo/xid.yaml
 
 test: $(VENV)/ready lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 $(VENV)/notebooks-ready: $(VENV)/ready requirements-notebooks.txt
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-notebooks.txt

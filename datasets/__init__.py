@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from datasets import folder, ucf, vggsound
+from datasets import folder, hmdb, ucf, vggsound
+from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos
 from datasets.video_dataset import (
     ClipRecipe,
     EpochBatches,
@@ -25,6 +26,7 @@ MONITOR_VIDEOS = 200  # held-out videos that pre-training measures itself on
 LISTS: dict[str, Callable[[dict, str], VideoList]] = {
     "vggsound": vggsound.list_videos,
     "ucf101": ucf.list_videos,
+    "hmdb51": hmdb.list_videos,
     "demo": ucf.list_videos,  # laid out as UCF-101
     "folder": folder.list_videos,
 }
@@ -96,4 +98,61 @@ def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_V
     return make_loader(clips, cfg["num_workers"], device, batch_size=batch_size, collate_fn=collate_readable)
 
 
-__all__ = ["build_held_out", "build_training", "build_videos"]
+def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str]]:
+    """The labelled videos of an evaluation's `train`, `test` or `test_dense`, and the names of those that are missing.
+
+    Raises:
+        UserError: the data are not there; or videos are missing and that is not allowed.
+    """
+    dataset = {**cfg["dataset"], "fold": fold}
+    return present_videos(build_videos(dataset, dataset[part]["split"]), allow_missing)
+
+
+def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> DataLoader:
+    """This rank's loader of random training clips for a classifier; its `batch_sampler` is a `SharedBatches`.
+
+    Raises:
+        UserError: an epoch does not fill one batch, and the YAML drops smaller ones.
+    """
+    data, train = cfg["dataset"], cfg["dataset"]["train"]
+    recipe = ClipRecipe.from_config(data, train["use_augmentation"])
+    clips = FreshClips(videos, recipe, train["clips_per_video"], cfg["seed"], train["use_shuffle"])
+    batches = training_batches(cfg, len(clips), rank(), world_size())
+    return make_loader(clips, _workers(cfg), device, batch_sampler=batches, collate_fn=collate_readable)
+
+
+def training_batches(cfg: dict, clips: int, rank: int = 0, world_size: int = 1) -> SharedBatches:
+    """The batches of an epoch of so many clips. UserError where there is none."""
+    data = cfg["dataset"]
+    batches = SharedBatches(clips, data["batch_size"], rank, world_size, data["train"]["drop_last"])
+    if not batches.steps:
+        raise UserError(
+            f"dataset.batch_size: {data['batch_size']} is more than the {clips} clips of an epoch; lower it, raise "
+            "train.clips_per_video, or --set dataset.train.drop_last=false"
+        )
+    return batches
+
+
+def build_video_clips(
+    cfg: dict, videos: VideoList, device: torch.device, augment: bool = False, random: int = 0, even: int = 0
+) -> DataLoader:
+    """This rank's loader of all clips of its share of the videos, about `batch_size` clips a step over all ranks."""
+    clips = VideoClips(videos, ClipRecipe.from_config(cfg["dataset"], augment), cfg["seed"], random, even)
+    step = max(world_size(), cfg["dataset"]["batch_size"] // (random + even))
+    batches = SharedBatches(len(videos), step, rank(), world_size())
+    return make_loader(clips, _workers(cfg), device, batch_sampler=batches, collate_fn=collate_readable)
+
+
+def _workers(cfg: dict) -> int:
+    return -(-cfg["num_workers"] // world_size())
+
+
+__all__ = [
+    "build_fresh_clips",
+    "build_held_out",
+    "build_labelled",
+    "build_training",
+    "build_video_clips",
+    "build_videos",
+    "training_batches",
+]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def audio_statistics(
     except OSError as error:
         raise UserError(f"cache_dir: {cached}: could not be written: {error}") from None
     return statistics
+
+
+def read_statistics(file: str | Path, n_mels: int) -> dict[str, torch.Tensor]:
+    """`mean` and `std` of each mel bin, float32 (n_mels,), from an npz file, such as the thesis' repository has.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything else.
+    """
+    try:
+        with np.load(file) as stored:
+            statistics = {name: np.asarray(stored[name], np.float32).reshape(-1) for name in ("mean", "std")}
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: expected an npz file with `mean` and `std`: {' '.join(str(error).split())}") from None
+    sizes = {name: len(values) for name, values in statistics.items()}
+    if set(sizes.values()) != {n_mels}:
+        raise UserError(f"{file}: mean has {sizes['mean']} and std {sizes['std']} values, expected {n_mels} (n_mels)")
+    return {name: torch.from_numpy(values) for name, values in statistics.items()}
 
 
 def _compute(

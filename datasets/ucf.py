@@ -1,8 +1,9 @@
 """UCF-101 as published: `<root>/videos/<Class>/*` (or `UCF-101/`) and `ucfTrainTestlist/`."""
 
+import re
 from pathlib import Path
 
-from datasets.video_dataset import VideoList
+from datasets.video_dataset import VideoList, read_list
 from utils.errors import UserError
 
 HELP = "expected UCF-101 as published: videos/<Class>/*.avi (or UCF-101/) and ucfTrainTestlist/"
@@ -19,8 +20,8 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         file = lists / f"{split.format(fold=dataset['fold'])}.txt"
     except (KeyError, IndexError, ValueError):
         raise UserError(f"dataset split {split!r}: only {{fold}} may stand in braces") from None
-    classes = [line.split()[1] for line in _lines(lists / "classInd.txt")]
-    names = [line.split()[0] for line in _lines(file)]
+    classes = _classes(lists / "classInd.txt")
+    names = [re.sub(r"\s+\d+\s*$", "", line).strip() for line in read_list(file, HELP)]
     folder = next((name for name in ("videos", "UCF-101") if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"{root}: neither videos/ nor UCF-101/ is there; {HELP}")
@@ -34,8 +35,10 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     return VideoList(root, [f"{folder}/{name}" for name in names], labels, classes)
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return [line for line in file.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such list; {HELP}") from None
+def _classes(file: Path) -> list[str]:
+    """Class names in the order of their numbers."""
+    rows = [line.split(maxsplit=1) for line in read_list(file, HELP)]
+    bad = next((row for row in rows if len(row) < 2 or not row[0].isdecimal()), None)
+    if bad is not None:
+        raise UserError(f"{file}: {' '.join(bad)!r}: expected a number and a class name")
+    return [name.strip() for _, name in sorted(rows, key=lambda row: int(row[0]))]

@@ -19,6 +19,7 @@ from datasets.preprocessing import (
     no_video_augmentation,
     num_spectrogram_frames,
 )
+from utils.errors import UserError
 
 MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
 
@@ -55,6 +56,12 @@ class VideoList:
         """The video's path."""
         return self.root / self.name(index)
 
+    def subset(self, rows: Sequence[int]) -> "VideoList":
+        """The videos of these rows, as a list of their own."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        names = [self.name(row) for row in rows.tolist()]
+        return VideoList(self.root, names, self.labels[rows].numpy(), self.classes)
+
     @property
     def fingerprint(self) -> str:
         """Says whether two runs mean the same videos by the same numbers. The root does not matter."""
@@ -81,14 +88,22 @@ class ClipRecipe:
     aspect: tuple[float, float]
     color: tuple[float, ...]
     augment: bool
-    audio_seconds: float
-    sample_rate: int
-    spec_params: dict = field(hash=False)
-    tfmask_params: dict = field(hash=False)
+    audio_seconds: float = 0.0  # 0: no sound is used
+    sample_rate: int = 0
+    spec_params: dict = field(default_factory=dict, hash=False)
+    tfmask_params: dict = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_config(cls, dataset: dict, augment: bool) -> "ClipRecipe":
-        """The recipe of a configuration's `dataset` section."""
+        """The recipe of a configuration's `dataset` section; an evaluation's has no sound."""
+        sound = {}
+        if "audio_srate" in dataset:
+            sound = {
+                "audio_seconds": dataset["audio_clip_duration"],
+                "sample_rate": dataset["audio_srate"],
+                "spec_params": dict(dataset["spec_params"]),
+                "tfmask_params": dict(dataset["tfmask_params"]),
+            }
         return cls(
             video_seconds=dataset["video_clip_duration"],
             video_fps=dataset["video_fps"],
@@ -100,16 +115,18 @@ class ClipRecipe:
             aspect=tuple(dataset["aspect_ratio"]),
             color=tuple(dataset["color"]),
             augment=augment,
-            audio_seconds=dataset["audio_clip_duration"],
-            sample_rate=dataset["audio_srate"],
-            spec_params=dict(dataset["spec_params"]),
-            tfmask_params=dict(dataset["tfmask_params"]),
+            **sound,
         )
 
     @property
     def num_frames(self) -> int:
         """Frames in a clip."""
         return max(1, round(self.video_seconds * self.video_fps))
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a clip's frames: (T, crop_size, crop_size, 3)."""
+        return self.num_frames, self.crop_size, self.crop_size, 3
 
     @property
     def num_spectrogram_frames(self) -> int:
@@ -250,7 +267,12 @@ def read_frames(
     is not kept) and cropped in the centre.
     """
     clip = file.read(video_start=start, video_seconds=recipe.video_seconds, fps=recipe.video_fps)
-    frames, size = torch.from_numpy(clip.frames), recipe.crop_size
+    return cut_out(torch.from_numpy(clip.frames), recipe, rng)
+
+
+def cut_out(frames: torch.Tensor, recipe: ClipRecipe, rng: np.random.Generator | None = None) -> torch.Tensor:
+    """The crop of decoded frames (T, H, W, 3) that `read_frames` takes."""
+    size = recipe.crop_size
     height, width = frames.shape[1:3]
     if rng is not None and recipe.transforms == "msc+color":
         box = sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)
@@ -266,6 +288,19 @@ def read_waveform(file: VideoFile, start: float, recipe: ClipRecipe) -> torch.Te
     """A clip's sound: float32 (audio_seconds * sample_rate,), mono, in [-1, 1]."""
     clip = file.read(audio_start=start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate)
     return torch.from_numpy(clip.waveform)
+
+
+def read_list(file: Path, help_text: str) -> list[str]:
+    """The lines of a published list that hold something. Bytes that are not UTF-8 survive, as in file names.
+
+    Raises:
+        UserError: the file is not there; `help_text` says what was expected.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such list; {help_text}") from None
+    return [line for line in lines if line.strip()]
 
 
 class EpochBatches(Sampler):

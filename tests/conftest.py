@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch.multiprocessing
 
+torch.set_num_threads(1)  # tests run side by side, and start processes, on few cores
+
 BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
 VIDEO_CLOCK = 90000  # Hz
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise

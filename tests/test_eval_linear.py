@@ -87,9 +87,9 @@ def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, processes
 
 
 def test_the_thesis_bn_drifts_and_weights_do_not(cfgs, tmp_path):
-    cfg, model = cfgs(encoder_bn="train", dataset__batch_size=2)
+    cfg, model = cfgs(encoder_bn="train", dataset__crop_size=64)
     found = {}
-    for name, processes in (("one", ()), ("three", ("--distributed", "--nproc", 3))):  # one share is always empty
+    for name, processes in (("one", ()), ("three", ("--distributed", "--nproc", 3))):  # the last batch has 2 clips
         found[name] = evaluate(tmp_path, cfg, model, "--random-weights", *processes)
         file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
         found[name]["drift"] = checkpoint.load(file)["parts"]["all"]["drift"]
@@ -97,7 +97,6 @@ def test_the_thesis_bn_drifts_and_weights_do_not(cfgs, tmp_path):
     assert encoder["bn"] == "train" and encoder["hash"] != encoder["hash_after"]
     for name, value in found["three"]["drift"].items():
         torch.testing.assert_close(value, found["one"]["drift"][name], atol=2e-3, rtol=2e-2)
-    assert found["one"]["results"] == found["three"]["results"]
     assert "feature_views: 0" in fail(cfg, model, "--random-weights", "--set", "feature_views=1")
 
 

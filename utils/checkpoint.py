@@ -324,8 +324,10 @@ def _check_sums(path: Path) -> None:
         raise UserError(f"{path}: is empty")
     try:
         with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-        if is_zip:
+            head = file.read(2)
+        if head != b"PK" and not head.startswith(b"\x80"):  # neither a zip file nor, as long ago, a pickle
+            raise UserError(f"{path}: not a readable checkpoint: torch.save did not write it")
+        if head == b"PK":
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
             if bad is not None:

@@ -188,21 +188,22 @@ class StoredClassifier:
 
     def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict) -> None:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
+        self._parts: dict[str, dict] = {}
         self.prints = {"encoder": encoder, "data": data, "recipe": recipe}
 
-    def load(self) -> dict | None:
-        """The stored state, on every rank; None where a new classifier is to be trained.
+    def load(self) -> dict[str, dict]:
+        """The stored states by part, on every rank; empty where new classifiers are to be trained.
 
         Raises:
             UserError: it was made from something else, or `test_only` finds none.
         """
         if not (self.cfg["resume"] or self.cfg["test_only"]):
-            return None
+            return {}
         found = checkpoint.load_latest(self.folder)
         if found is None:
             if self.cfg["test_only"]:
                 raise UserError(f"{self.folder / checkpoint.LATEST}: no stored classifier; train without --test-only")
-            return None
+            return {}
         state, path = found
         for what in ("encoder", "data"):
             if state[what] != self.prints[what]:
@@ -218,12 +219,14 @@ class StoredClassifier:
                     "anew without --resume and with --set resume=false"
                 )
         log.info("going on from %s", path)
-        return state
+        self._parts = state["parts"]
+        return self._parts
 
-    def save(self, **state: object) -> None:
-        """Rank 0 keeps a state."""
+    def save(self, part: str, **state: object) -> None:
+        """Rank 0 keeps the state of a part beside those of the others."""
+        self._parts[part] = state
         if is_main():
-            checkpoint.save(self.folder, {**self.prints, **state})
+            checkpoint.save(self.folder, {**self.prints, "parts": self._parts})
 
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:

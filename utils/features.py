@@ -99,7 +99,7 @@ def stored_clip_outputs(
         failures = json.loads((folder / "failures.json").read_text())
         failed([tuple(failure) for failure in failures])
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-        return arrays, arrays.pop("readable")
+        return arrays, np.array(arrays.pop("readable"))
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     failures = []
 

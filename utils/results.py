@@ -157,6 +157,10 @@ def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outco
     write_json(folder / "results.json", results)
     for line in results_table(results).splitlines():
         log.info("%s", line)
+    for part, by_feature in near.items():
+        for feature, figures in by_feature.items():
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+            log.info("nearest neighbours, %s, %s: %s", part, feature, shown)
     log.info("results: %s", folder / "results.json")
     return results
 

@@ -25,26 +25,30 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(input)
         others = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        x = input.float()
-        own = torch.tensor(input.numel() / input.shape[1] if self.counted else 0.0, device=input.device)
-        count = gather_with_grad(own.view(1)).sum()
-        share = float(self.counted)
-        mean = gather_with_grad(share * x.sum(others).unsqueeze(0)).sum(0) / count
-        centred = x - mean.view(shape)
-        var = gather_with_grad(share * centred.square().sum(others).unsqueeze(0)).sum(0) / count
+        exact = torch.float32 if input.is_cuda else torch.float64  # on CPUs the order of a sum then makes no difference
+        x, share = input.float(), float(self.counted)
+        own = torch.full((1,), share * input.numel() / input.shape[1], dtype=exact, device=input.device)
+        count = gather_with_grad(own).sum()
+        mean = gather_with_grad(share * x.sum(others, dtype=exact).unsqueeze(0)).sum(0) / count
+        centred = x - mean.float().view(shape)
+        var = gather_with_grad(share * centred.square().sum(others, dtype=exact).unsqueeze(0)).sum(0) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * count / (count - 1).clamp_min(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
-        scale = torch.rsqrt(var + self.eps) * (self.weight if self.affine else 1)
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_(unbiased.float(), self.momentum)
+        scale = torch.rsqrt(var + self.eps).float() * (self.weight if self.affine else 1)
         y = centred * scale.view(shape)
         return (y + self.bias.view(shape) if self.affine else y).to(input.dtype)
 
 
 def share_bn(model: nn.Module) -> nn.Module:
-    """Replace every BN of `model`, in place, by a `SharedBatchNorm` with the same parameters. One process: nothing."""
-    if world_size() == 1:
+    """Replace every BN of `model`, in place, by a `SharedBatchNorm` with the same parameters.
+
+    One process on a GPU keeps the faster one. On a CPU one process, too, gets these, so that it rounds as many do: BN
+    of the few values of a small batch magnifies rounding until it can be seen in an accuracy.
+    """
+    if world_size() == 1 and next(model.parameters()).is_cuda:
         return model
     for parent in list(model.modules()):
         for name, bn in list(parent.named_children()):

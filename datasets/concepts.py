@@ -1,0 +1,141 @@
+"""Which classes and which training videos an evaluation uses: seen and unseen concepts, few-shot subsets."""
+
+import difflib
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.video_dataset import VideoList
+from utils.errors import UserError
+
+REST_CLASSES = {  # the thesis' unseen concepts: classes that no label of VGGSound covers
+    "ucf101": Path(__file__).parent / "rest_classes/ucf_rest_classes.txt",
+    "hmdb51": Path(__file__).parent / "rest_classes/hmdb_rest_classes.txt",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Classes that get a classifier of their own, and the videos of these classes.
+
+    `train` and `test` are rows of the training and the test list, int64; the labels beside them count this part's
+    classes from 0 on.
+    """
+
+    name: str  # all, unseen or seen
+    classes: tuple[str, ...]
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.classes)} classes, {len(self.train)} training and {len(self.test)} test videos"
+
+
+def rest_classes_file(dataset: dict) -> Path:
+    """The list of unseen classes: `dataset.rest_classes`, else the thesis' for this data set.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if dataset["rest_classes"] is not None:
+        return Path(dataset["rest_classes"])
+    if dataset["name"] not in REST_CLASSES:
+        raise UserError(
+            f"--use-rest-classes: no list for data set {dataset['name']}; set dataset.rest_classes to a file"
+        )
+    return REST_CLASSES[dataset["name"]]
+
+
+def make_parts(
+    train: VideoList, test: VideoList, chosen: np.ndarray, rest_classes: str | Path | None = None
+) -> list[Part]:
+    """The parts of an evaluation: `all`, or with a file of unseen classes `unseen` and `seen`.
+
+    Args:
+        chosen: rows of the training list to train on (see `few_shot_rows`).
+
+    Raises:
+        UserError: a name in the file is no class; or a part has no training or no test video.
+    """
+    groups = {"all": list(train.classes)}
+    if rest_classes is not None:
+        unseen = set(read_unseen(rest_classes, train.classes))
+        groups = {
+            "unseen": [name for name in train.classes if name in unseen],
+            "seen": [name for name in train.classes if name not in unseen],
+        }
+    return [_make_part(name, classes, train, test, chosen) for name, classes in groups.items()]
+
+
+def _make_part(name: str, classes: list[str], train: VideoList, test: VideoList, chosen: np.ndarray) -> Part:
+    number = torch.full((len(train.classes),), -1)
+    number[[train.classes.index(c) for c in classes]] = torch.arange(len(classes))
+    train_rows, test_rows = torch.from_numpy(np.sort(chosen)), torch.arange(len(test))
+    train_rows = train_rows[number[train.labels[train_rows]] >= 0]
+    test_rows = test_rows[number[test.labels] >= 0]
+    for kind, rows in (("training", train_rows), ("test", test_rows)):
+        if not len(rows):
+            raise UserError(f"{train.root}: no {kind} video in the {len(classes)} {name} classes")
+    labels = number[train.labels[train_rows]], number[test.labels[test_rows]]
+    return Part(name, tuple(classes), train_rows, labels[0], test_rows, labels[1])
+
+
+def read_unseen(file: str | Path, classes: tuple[str, ...]) -> list[str]:
+    """The classes that a list names, one a line, in the data set's own spelling. Lines that begin with # are comments.
+
+    Spelling is free: `HandstandPushups` is `handstand pushups`, and `shake_hands` is `shake hands`.
+
+    Raises:
+        UserError: the file cannot be read, or a name is in no class of the data set (with the nearest one).
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"dataset.rest_classes: {file}: cannot be read: {error}") from None
+    by_letters = {_letters(name): name for name in classes}
+    unseen = []
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        letters = _letters(line)
+        if letters not in by_letters:
+            close = difflib.get_close_matches(letters, by_letters, n=1, cutoff=0.0)
+            hint = f"; the nearest is {by_letters[close[0]]}" if close else ""
+            raise UserError(f"{file}: {line.strip()!r} is none of the {len(classes)} classes of the data set{hint}")
+        unseen.append(by_letters[letters])
+    return unseen
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def few_shot_rows(videos: VideoList, ratio: float | None, seed: int) -> np.ndarray:
+    """Rows of a training list that keep floor(ratio * n) of each class's n videos, at least one: int64, ascending.
+
+    A class's videos are put in an order that depends on the seed, the class and their names alone, and the first ones
+    are kept: so a larger ratio's subset contains a smaller one's, and unseen classes have the same subset whether or
+    not they are looked at by themselves. None keeps all.
+
+    Raises:
+        UserError: the ratio is not above 0 and at most 1.
+    """
+    if ratio is None:
+        return np.arange(len(videos))
+    if not 0 < ratio <= 1:
+        raise UserError(f"--few-shot-ratio {ratio:g}: expected above 0 and at most 1")
+    labels, kept = videos.labels.numpy(), []
+    for label in np.unique(labels):
+        rows = sorted(np.flatnonzero(labels == label).tolist(), key=videos.name)
+        name = videos.classes[label]
+        order = np.random.default_rng((seed, zlib.crc32(name.encode()))).permutation(len(rows))
+        count = max(1, int(ratio * len(rows) + 1e-9))
+        kept += [rows[i] for i in order[:count]]
+    return np.sort(np.array(kept, dtype=np.int64))

@@ -1,0 +1,231 @@
+"""Linear classification: how well do frozen features tell actions apart? (UCF-101, HMDB-51; few-shot; unseen concepts)
+
+    python3 eval-action-recg-linear.py configs/demo/linear.yaml configs/demo/xid.yaml
+    python3 eval-action-recg-linear.py configs/ucf/8at16-linear.yaml configs/VGGSound-N1024.yaml --set dataset.root=DIR
+    ... --few-shot-ratio 0.2 --use-rest-classes       ... --checkpoint FILE       ... --random-weights
+
+Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. Every process computes features of
+its share of the clips; the first one trains the classifiers on all of them, so their number changes nothing.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets import build_fresh_clips, build_labelled, build_video_clips, training_batches
+from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets.evaluation import data_fingerprint
+from datasets.preprocessing import VideoPrep
+from datasets.video_dataset import ClipRecipe, VideoList, epoch_order
+from models import build_model
+from models.classifiers import FeatureExtractor
+from models.linear_probe import LinearProbe, mean_losses
+from utils import evaluation
+from utils.cli import evaluation_parser, run_script
+from utils.distributed import gather_objects, is_main, launch
+from utils.errors import UserError
+from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
+from utils.frozen import FrozenEncoder
+from utils.logger import MetricsWriter, StepClock, log, parameter_summary, stage, start_run
+from utils.optim import learning_rate, set_learning_rate
+from utils.precision import Precision
+from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
+
+
+def main() -> None:
+    args = evaluation_parser(__doc__).parse_args()
+    cfg, model_cfg = evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py")
+    if cfg["encoder_bn"] == "train" and cfg["feature_views"]:
+        raise UserError("encoder_bn: train: the encoder then changes with every step, which needs feature_views: 0")
+    launch(evaluate, args, args, cfg, model_cfg)
+
+
+def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
+    """One process of the evaluation: every fold, and their mean."""
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold) for fold in evaluation.folds(cfg)]
+    if is_main() and len(results) > 1:
+        finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
+
+
+def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> dict:
+    """Train the classifiers of one fold and test them. Rank 0 returns the results."""
+    folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
+    start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
+
+    stage(f"Data, fold {fold}")
+    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    evaluation.check_class_count(cfg, train.classes)
+    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
+    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
+    for part in parts:
+        log.info("%s", part)
+
+    stage("Encoder")
+    torch.manual_seed(cfg["seed"])
+    backbone = build_model(model_cfg["model"]).video_model
+    weights = evaluation.load_encoder(backbone, args, model_cfg)
+    log.info("%s; %s", parameter_summary(backbone), weights)
+    shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
+    extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
+    drifts = cfg["encoder_bn"] == "train"
+    encoder = FrozenEncoder(extractor, VideoPrep().to(device), precision.autocast, device, drifts)
+    failures = evaluation.Failures(args.allow_missing)
+    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts={p.name: list(p.classes) for p in parts})
+    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(train, test), recipe)
+    states = stored.load()
+
+    stage("Features")
+    num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
+    random, even = (
+        max(few, cfg["dataset"]["test"]["final_clips_per_video"]),
+        cfg["dataset"]["test_dense"]["clips_per_video"],
+    )
+    views, tests = None, None
+    if cfg["feature_views"]:
+        augment = cfg["dataset"]["train"]["use_augmentation"]
+        views = clip_features(cfg, train, encoder, failures, augment, random=cfg["feature_views"])
+    if not drifts:
+        tests = clip_features(cfg, test, encoder, failures, random=random, even=even)
+
+    writer, outcome = MetricsWriter(folder), {}
+    for part in parts:
+        stage(f"Linear classifiers, {part.name} classes")
+        probe = LinearProbe(cfg, extractor.names, len(part.classes), device)
+        encoder.reset()
+        if part.name in states:
+            probe.load_state_dict(states[part.name], str(stored.file))
+            encoder.reset(states[part.name]["drift"])
+        last_epoch = probe.epoch if cfg["test_only"] else num_epochs
+        fresh = None
+        if not views and probe.epoch < last_epoch:
+            fresh = build_fresh_clips(cfg, train.subset(part.train), device)
+        for epoch in range(probe.epoch, last_epoch):
+            torch.manual_seed(1_000_003 * cfg["seed"] + epoch)  # of dropout
+            if views:
+                batches = stored_batches(cfg, part, views, epoch)
+            else:
+                batches = fresh_batches(encoder, part, fresh, failures, epoch)
+            clock, history = StepClock(), []
+            for step, (features, labels) in enumerate(batches):
+                features, labels = {k: x.to(device) for k, x in features.items()}, labels.to(device)
+                losses = {}
+                for rate, head in probe.heads.items():
+                    head.train()
+                    by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
+                    set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch))
+                    probe.optimizers[rate].zero_grad()
+                    sum(by_feature.values()).backward()
+                    probe.optimizers[rate].step()
+                    losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
+                history.append(losses)
+                clock.count(len(labels))
+                if fresh is not None and (step + 1) % cfg["print_freq"] == 0:
+                    place = f"epoch {epoch + 1}/{num_epochs} step {step + 1}/{len(fresh)}"
+                    log.info("%s, %.1f clips/s", place, clock.read()["clips_per_s"])
+
+            probe.epoch = epoch + 1
+            if probe.epoch % cfg["test_freq"] and probe.epoch != num_epochs:
+                continue
+            if is_main():
+                figures = mean_losses(history)
+                if tests is not None:
+                    figures |= quick_test(probe.logits, tests, part.test, part.test_labels, few)
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                log.info("epoch %d/%d: %s", probe.epoch, num_epochs, shown)
+                writer.write(part.name, probe.epoch, figures)
+            stored.save(part.name, **probe.state_dict(), drift=encoder.drift())
+
+        clips = tests or clip_features(cfg, test, encoder, failures, random=random, even=even)
+        if is_main():
+            features, present = rows_of(clips, part.test)
+            outcome[part.name] = Outcome(part.classes, part.test_labels[present], probe.logits(features), random)
+            if views:
+                train_features, train_present = rows_of(views, part.train)
+                labels = part.train_labels[train_present], part.test_labels[present]
+                outcome[part.name].neighbours = neighbours(train_features, labels[0], features, labels[1], random)
+    writer.close()
+    hash_after = encoder.check()
+    if not is_main():
+        return {}
+    facts = evaluation.describe(args, cfg, model_cfg, fold, "linear") | {
+        "encoder": {"weights": weights, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
+        "few_shot": evaluation.describe_few_shot(args, cfg, [train.name(row) for row in chosen]),
+        "missing": sorted({*missing, *missing_test}),
+        "unreadable": failures.names,
+        "recipe": recipe,
+    }
+    return finish_evaluation(folder, facts, outcome)
+
+
+def clip_features(
+    cfg: dict,
+    videos: VideoList,
+    encoder: FrozenEncoder,
+    failures: evaluation.Failures,
+    augment: bool = False,
+    random: int = 0,
+    even: int = 0,
+) -> ClipOutputs:
+    """Features of clips of every video (see `VideoClips`), kept in the cache unless the encoder drifts."""
+    chunk, precision = cfg["dataset"]["batch_size"], Precision(cfg["precision"], encoder.device).name
+    meaning = {
+        "encoder": encoder.hash,
+        "features": [cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops")],
+        "precision": precision,
+        "videos": data_fingerprint(videos),
+        "recipe": asdict(ClipRecipe.from_config(cfg["dataset"], augment)),
+        "clips": [cfg["seed"], random, even],
+    }
+
+    def loader() -> DataLoader:
+        return build_video_clips(cfg, videos, encoder.device, augment, random, even)
+
+    if encoder.drifts:
+        return clip_outputs(encoder, loader(), len(videos), chunk, failures)
+    return stored_clip_outputs(cfg["cache_dir"], meaning, encoder, loader, len(videos), chunk, failures)
+
+
+def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Iterator[tuple[dict, Tensor]]:
+    """An epoch's batches of features and labels, on rank 0, with one of the stored views at every position."""
+    if not is_main():
+        return
+    arrays, readable = views
+    present = torch.from_numpy(readable)[part.train]
+    rows, labels = part.train[present].numpy(), part.train_labels[present]
+    train = cfg["dataset"]["train"]
+    order = epoch_order(len(rows), train["clips_per_video"], cfg["seed"], epoch, train["use_shuffle"])
+    view = np.random.default_rng((cfg["seed"], epoch, 1)).integers(cfg["feature_views"], size=len(order))
+    batches = training_batches(cfg, len(order))
+    for step in range(batches.steps):
+        at = slice(step * batches.batch_size, step * batches.batch_size + batches.size(step))
+        features = {name: torch.from_numpy(array[rows[order[at]], view[at]]) for name, array in arrays.items()}
+        yield features, labels[order[at]]
+
+
+def fresh_batches(
+    encoder: FrozenEncoder, part: Part, loader: DataLoader, failures: evaluation.Failures, epoch: int
+) -> Iterator[tuple[dict, Tensor]]:
+    """An epoch's batches of features, made now by all ranks, and labels: on rank 0."""
+    loader.batch_sampler.start_at(epoch)
+    for batch in loader:
+        features = encoder.training_features(batch, loader.dataset.recipe.clip_shape)
+        own = {"failures": batch["failures"], "index": batch.get("index", []), "features": features}
+        shares = gather_objects(own)
+        for share in shares:
+            failures(share["failures"])
+        shares = [share for share in shares if len(share["index"])]
+        if is_main() and shares:
+            names = shares[0]["features"]
+            features = {name: torch.cat([share["features"][name] for share in shares]) for name in names}
+            yield features, part.train_labels[torch.cat([share["index"] for share in shares])]
+
+
+if __name__ == "__main__":
+    run_script(main)

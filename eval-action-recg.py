@@ -1,0 +1,211 @@
+"""Fine-tuning: the encoder and a classifier, trained together to tell actions apart (UCF-101, HMDB-51; few-shot).
+
+    python3 eval-action-recg.py configs/demo/finetune.yaml configs/demo/xid.yaml
+    python3 eval-action-recg.py configs/ucf/8at16-fold1.yaml configs/VGGSound-N1024.yaml --set dataset.root=DIR
+    ... --few-shot-ratio 0.1       ... --checkpoint FILE       ... --random-weights
+
+Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. BN takes its statistics over the
+batches of all processes, and every sample's randomness hangs on its place in the epoch: their number changes nothing.
+"""
+
+import argparse
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets import build_fresh_clips, build_labelled, build_video_clips
+from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets.evaluation import data_fingerprint
+from datasets.preprocessing import VideoPrep
+from datasets.video_dataset import VideoList
+from models import build_model
+from models.classifiers import ClassificationWrapper
+from utils import checkpoint, evaluation
+from utils.cli import evaluation_parser, run_script
+from utils.distributed import gather_objects, is_main, launch, world_size, wrap
+from utils.features import ClipOutputs, clip_outputs, rows_of
+from utils.frozen import tensor_hash
+from utils.logger import MetricsWriter, StepClock, duration, log, parameter_summary, stage, start_run
+from utils.metrics import Averages
+from utils.optim import build_optimizer, learning_rate, set_learning_rate
+from utils.precision import Precision
+from utils.results import Outcome, finish_evaluation, finish_folds
+from utils.sync_bn import count_rank, share_bn
+
+
+def main() -> None:
+    args = evaluation_parser(__doc__).parse_args()
+    cfg, model_cfg = evaluation.load_evaluation(args, "ClassificationWrapper", "eval-action-recg-linear.py")
+    launch(evaluate, args, args, cfg, model_cfg)
+
+
+def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
+    """One process of the evaluation: every fold, and their mean."""
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold) for fold in evaluation.folds(cfg)]
+    if is_main() and len(results) > 1:
+        finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
+
+
+def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> dict:
+    """Fine-tune on one fold and test. Rank 0 returns the results."""
+    folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
+    start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
+
+    stage(f"Data, fold {fold}")
+    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    evaluation.check_class_count(cfg, train.classes)
+    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
+    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
+    for part in parts:
+        log.info("%s", part)
+
+    stage("Encoder")
+    torch.manual_seed(cfg["seed"])
+    backbone = build_model(model_cfg["model"]).video_model
+    weights = evaluation.load_encoder(backbone, args, model_cfg)
+    log.info("%s; %s", parameter_summary(backbone), weights)
+    fingerprint = tensor_hash(backbone.state_dict())
+    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts={p.name: list(p.classes) for p in parts})
+    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(train, test), recipe)
+    states = stored.load()
+    failures, writer, outcome = evaluation.Failures(args.allow_missing), MetricsWriter(folder), {}
+    for part in parts:
+        stage(f"Fine-tuning, {part.name} classes")
+        options = {key: value for key, value in cfg["model"]["args"].items() if key != "n_classes"}
+        torch.manual_seed(cfg["seed"])
+        model = ClassificationWrapper(copy.deepcopy(backbone), len(part.classes), **options)
+        videos = train.subset(part.train), test.subset(part.test)
+        tested = fine_tune(
+            device, cfg, share_bn(model.to(device)), part, *videos, stored, states.get(part.name), failures, writer
+        )
+        if tested is not None:
+            outcome[part.name] = tested
+    writer.close()
+    if not is_main():
+        return {}
+    facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune") | {
+        "encoder": {"weights": weights, "hash": fingerprint},
+        "few_shot": evaluation.describe_few_shot(args, cfg, [train.name(row) for row in chosen]),
+        "missing": sorted({*missing, *missing_test}),
+        "unreadable": failures.names,
+        "recipe": recipe,
+    }
+    return finish_evaluation(folder, facts, outcome)
+
+
+def fine_tune(
+    device: torch.device,
+    cfg: dict,
+    model: ClassificationWrapper,
+    part: Part,
+    train: VideoList,
+    test: VideoList,
+    stored: evaluation.StoredClassifier,
+    state: dict | None,
+    failures: evaluation.Failures,
+    writer: MetricsWriter,
+) -> Outcome | None:
+    """Train on the videos of one part, from the stored `state` on, and test. Rank 0 returns the outcome."""
+    precision, prepare = Precision(cfg["precision"], device), VideoPrep().to(device)
+    data, schedule = cfg["dataset"], cfg["optimizer"]
+    warmup = schedule["warmup_epochs"] if schedule["warmup_classifier"] else 0
+    num_epochs = warmup + schedule["num_epochs"]
+    random, even = data["test"]["final_clips_per_video"], data["test_dense"]["clips_per_video"]
+
+    def test_clips(random: int, even: int) -> ClipOutputs:
+        """Logits of clips of each test video, by all ranks."""
+
+        def logits(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
+            with precision.autocast():
+                return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): nothing is compiled
+
+        model.eval()
+        loader = build_video_clips(cfg, test, device, random=random, even=even)
+        return clip_outputs(logits, loader, len(test), data["batch_size"], failures)
+
+    start_epoch = 0
+    if state is not None:
+        checkpoint.load_weights(model, state["model"], str(stored.file))
+        precision.load_state_dict(state["scaler"])
+        start_epoch = state["epoch"]
+    last_epoch = start_epoch if cfg["test_only"] else num_epochs
+    if start_epoch < last_epoch:
+        loader = build_fresh_clips(cfg, train, device)
+        batches, labels = loader.batch_sampler, part.train_labels.to(device)
+        dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
+    for epoch in range(start_epoch, last_epoch):
+        warming = epoch < warmup  # first the classifier alone, on a backbone in eval mode
+        if epoch in (start_epoch, warmup):
+            model.video_model.requires_grad_(not warming)
+            optimizer = build_optimizer(schedule, model)
+            net = wrap(model, cfg["compile"], device)
+        if epoch == start_epoch and state is not None and state["warming"] == warming:
+            optimizer.load_state_dict(state["optimizer"])
+        set_learning_rate(optimizer, learning_rate(schedule, max(0, epoch - warmup)))
+        model.train()
+        model.video_model.train(not warming)
+        batches.start_at(epoch)
+        averages, clock = Averages(), StepClock()
+        for step, batch in enumerate(clock.timed(loader)):
+            for share in gather_objects(batch["failures"]):
+                failures(share)
+            has_clips, size = "frames" in batch, batches.size(step)
+            count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
+            keep = model.draw_dropout(size, (cfg["seed"], epoch, step)).to(device)  # the whole batch's, on every rank
+            if has_clips:
+                frames, color = (batch[name].to(device, non_blocking=True) for name in ("frames", "video_aug"))
+                own = batch["position"].to(device) - step * batches.batch_size
+                with precision.autocast():
+                    logits = net(prepare(frames, color), keep[own])
+                loss = F.cross_entropy(logits, labels[batch["index"].to(device)], reduction="sum")
+            else:
+                loss = 0 * net(prepare(dummy.to(device)), keep[:1]).sum()
+            loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
+            precision.backward(loss)
+            precision.gradient_norm(optimizer)
+            precision.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            averages.add({"loss": loss})
+            clock.count(size)
+            if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps:
+                figures = averages.read() | clock.read()
+                writer.write(f"{part.name} train", epoch * batches.steps + step + 1, figures)
+                clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
+                place = f"{'warm-up ' if warming else ''}epoch {epoch + 1}/{num_epochs} step {step + 1}/{batches.steps}"
+                log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), shown(figures))
+                clock.restart()
+
+        done = epoch + 1
+        if done % cfg["test_freq"] == 0 or done == num_epochs:
+            stored.save(
+                part.name,
+                epoch=done,
+                warming=warming,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=precision.state_dict(),
+            )
+        if done % cfg["test_freq"] == 0 and done < num_epochs:
+            outputs, present = rows_of(test_clips(data["test"]["clips_per_video"], 0), torch.arange(len(test)))
+            if is_main():
+                figures = evaluation.clip_accuracies(outputs["logits"], part.test_labels[present])
+                writer.write(f"{part.name} test", done * batches.steps, figures)
+                log.info("after epoch %d: %s", done, shown(figures))
+
+    outputs, present = rows_of(test_clips(random, even), torch.arange(len(test)))
+    if not is_main():
+        return None
+    by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: outputs["logits"]}}
+    return Outcome(part.classes, part.test_labels[present], by_rate, random)
+
+
+def shown(figures: dict[str, float]) -> str:
+    """Figures in a line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    run_script(main)

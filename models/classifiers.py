@@ -1,0 +1,195 @@
+"""Classifiers on top of a video backbone: linear ones on frozen features, and one that is fine-tuned with it."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+POOLINGS = {
+    "AdaptiveMaxPool3d": nn.AdaptiveMaxPool3d,
+    "AdaptiveAvgPool3d": nn.AdaptiveAvgPool3d,
+    "MaxPool3d": nn.MaxPool3d,
+    "AvgPool3d": nn.AvgPool3d,
+}
+
+
+def build_pooling(text: str | None) -> nn.Module:
+    """The operation that a YAML's `pooling_op` names, such as `AdaptiveMaxPool3d((1, 1, 1))`; None: none.
+
+    Its argument is one whole number or three. Raises UserError for anything else.
+    """
+    if text is None:
+        return nn.Identity()
+    match = re.fullmatch(r"(?:(?:torch\.)?nn\.)?(\w+)\((?:(\d+)|\((\d+), ?(\d+), ?(\d+)\))\)", text.strip())
+    if match is None or match[1] not in POOLINGS:
+        raise UserError(
+            f"model.args: pooling {text!r}: expected null or one of {', '.join(POOLINGS)} with one whole number or "
+            "three, such as AdaptiveMaxPool3d((1, 1, 1))"
+        )
+    size = int(match[2]) if match[2] else tuple(int(match[i]) for i in (3, 4, 5))
+    if size == 0 or (isinstance(size, tuple) and 0 in size):
+        raise UserError(f"model.args: pooling {text!r}: expected sizes above 0")
+    return POOLINGS[match[1]](size)
+
+
+class FeatureExtractor(nn.Module):
+    """Pooled features of a video backbone, by name: clips (N, 3, T, H, W) to a dict of (N, feat_dim).
+
+    The names are `feat_names`; one that comes twice, with different pooling, is told apart by a number.
+
+    Args:
+        video_model: a backbone whose `forward(video, return_embs=True)` answers a dict of features.
+        feat_names, pooling_ops, feat_dims: one value a feature, or a single one for all.
+
+    Raises:
+        UserError: lists of different lengths, an unknown pooling; in `forward` an unknown feature or another width.
+    """
+
+    def __init__(
+        self,
+        video_model: nn.Module,
+        feat_names: Sequence[str],
+        pooling_ops: Sequence[str | None] = (None,),
+        feat_dims: Sequence[int] = (512,),
+    ) -> None:
+        super().__init__()
+        self.video_model = video_model
+        count = len(feat_names)
+        self.sources = list(feat_names)
+        self.names = unique_names(feat_names)
+        self.pools = nn.ModuleList(map(build_pooling, one_each("pooling_ops", pooling_ops, count)))
+        self.widths = one_each("feat_dims", feat_dims, count)
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        embs = self.video_model(video, return_embs=True)
+        features = {}
+        for name, source, pool, width in zip(self.names, self.sources, self.pools, self.widths, strict=True):
+            features[name] = _pooled(embs, source, pool, width)
+        return features
+
+
+class MOSTWrapper(nn.Module):
+    """Linear classifiers, one for each feature: a dict of (N, feat_dim) to a dict of logits (N, n_classes).
+
+    Before its linear layer a feature is brought to unit length (`l2_norm`), normalised by a BN without weights
+    (`use_bn`), thinned out (`use_dropout`, with rate `dropout`), where that is asked for.
+
+    Args:
+        names: of the features, as `FeatureExtractor.names` gives them.
+        feat_dims, use_bn, l2_norm: one value a feature, or a single one for all.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        n_classes: int,
+        feat_dims: Sequence[int] = (512,),
+        use_bn: Sequence[bool] = (False,),
+        l2_norm: Sequence[bool | None] = (False,),
+        use_dropout: bool = False,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        rate = dropout if use_dropout else 0.0
+        options = [one_each("feat_dims", feat_dims, len(names)), one_each("use_bn", use_bn, len(names))]
+        options.append(one_each("l2_norm", l2_norm, len(names)))
+        heads = [LinearClassifier(width, n_classes, bn, bool(l2), rate) for width, bn, l2 in zip(*options, strict=True)]
+        self.classifiers = nn.ModuleDict(dict(zip(names, heads, strict=True)))
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: classifier(features[name]) for name, classifier in self.classifiers.items()}
+
+
+class LinearClassifier(nn.Module):
+    """Features (N, in_dim) to logits (N, n_classes), in float32 whatever the autocast."""
+
+    def __init__(
+        self, in_dim: int, n_classes: int, use_bn: bool = False, l2_norm: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.l2_norm = l2_norm
+        self.bn = nn.BatchNorm1d(in_dim, affine=False) if use_bn else None
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(in_dim, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.l2_norm:
+                x = nn.functional.normalize(x, dim=1)
+            if self.bn is not None:  # a batch of one has no variance: there the running statistics serve
+                bn = self.bn if len(x) > 1 or not self.training else None
+                x = bn(x) if bn else nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+            return self.classifier(self.dropout(x))
+
+
+class ClassificationWrapper(nn.Module):
+    """A backbone and a classifier, trained together: clips (N, 3, T, H, W) to logits (N, n_classes).
+
+    Args:
+        video_model: a backbone whose `forward(video, return_embs=True)` answers a dict of features.
+        n_classes: width of the logits.
+        feat_name, pooling_op, feat_dim: the feature, how it is pooled, and its width then.
+        use_dropout, dropout: whether, and at what rate, features are dropped before the linear layer.
+    """
+
+    def __init__(
+        self,
+        video_model: nn.Module,
+        n_classes: int,
+        feat_name: str = "pool",
+        pooling_op: str | None = None,
+        feat_dim: int = 512,
+        use_dropout: bool = False,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.video_model = video_model
+        self.feat_name, self.feat_dim = feat_name, feat_dim
+        self.pooling = build_pooling(pooling_op)
+        self.dropout = nn.Dropout(dropout if use_dropout else 0.0)
+        self.head = LinearClassifier(feat_dim, n_classes)
+
+    def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (N, n_classes). `keep` (N, feat_dim) weighs the features in place of a dropout of its own."""
+        embs = self.video_model(video, return_embs=True)
+        features = _pooled(embs, self.feat_name, self.pooling, self.feat_dim)
+        if keep is None:
+            return self.head(self.dropout(features))
+        return self.head(features * keep)
+
+    def draw_dropout(self, batch_size: int, key: Sequence[int]) -> Tensor:
+        """The dropout of a batch, (batch_size, feat_dim): 0 where dropped, else 1 / (1 - rate).
+
+        It hangs on `key` alone, so that every rank can draw that of the whole batch and take its rows.
+        """
+        rate = self.dropout.p
+        uniform = np.random.default_rng(tuple(key)).random((batch_size, self.feat_dim), dtype=np.float32)
+        return torch.from_numpy((uniform >= rate) / np.float32(max(1 - rate, 1e-6)))
+
+
+def one_each(key: str, values: Sequence, count: int) -> list:
+    """`values` as one a feature; a single one serves all. UserError where the numbers differ."""
+    values = list(values)
+    if len(values) not in (1, count):
+        raise UserError(f"model.args.{key}: {len(values)} values for {count} feat_names; give one each, or one for all")
+    return values * count if len(values) == 1 else values
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one with its number: pool, pool-2."""
+    counts = [list(names[:i]).count(name) for i, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, counts, strict=True)]
+
+
+def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> Tensor:
+    if name not in embs:
+        raise UserError(f"model.args: the backbone has no feature {name!r}; it has {', '.join(embs)}")
+    feature = pool(embs[name]).flatten(1)
+    if feature.shape[1] != width:
+        raise UserError(f"model.args: feature {name} has {feature.shape[1]} values a clip, and the YAML says {width}")
+    return feature

@@ -1,0 +1,67 @@
+"""Linear classifiers at several learning rates, trained side by side on the same frozen features."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from models.classifiers import MOSTWrapper
+from utils.checkpoint import load_weights
+from utils.optim import build_optimizer
+
+
+class LinearProbe:
+    """One `MOSTWrapper` and its optimizer for each learning rate: `base_lr` and `other_lrs`. All start alike.
+
+    Args:
+        cfg: an evaluation's configuration.
+        names: of the features.
+        n_classes: width of the logits.
+        device: where the classifiers are.
+    """
+
+    def __init__(self, cfg: Mapping, names: Sequence[str], n_classes: int, device: torch.device) -> None:
+        optimizer, args = cfg["optimizer"], cfg["model"]["args"]
+        self.device, self.epoch = device, 0
+        self.heads: dict[float, MOSTWrapper] = {}
+        self.optimizers: dict[float, torch.optim.Optimizer] = {}
+        self.recipes: dict[float, dict] = {}
+        options = {key: args[key] for key in ("feat_dims", "use_bn", "l2_norm", "use_dropout", "dropout")}
+        for rate in dict.fromkeys([optimizer["lr"]["base_lr"], *optimizer["other_lrs"]]):
+            torch.manual_seed(cfg["seed"])
+            self.heads[rate] = MOSTWrapper(names, n_classes, **options).to(device)
+            self.recipes[rate] = {**optimizer, "lr": {**optimizer["lr"], "base_lr": rate}}
+            self.optimizers[rate] = build_optimizer(self.recipes[rate], self.heads[rate])
+
+    def state_dict(self) -> dict:
+        """Plain data for a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "heads": {rate: head.state_dict() for rate, head in self.heads.items()},
+            "optimizers": {rate: optimizer.state_dict() for rate, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping, source: str) -> None:
+        """Go on from a checkpoint; `source` names it in errors."""
+        self.epoch = state["epoch"]
+        for rate, head in self.heads.items():
+            load_weights(head, state["heads"][rate], source)
+            self.optimizers[rate].load_state_dict(state["optimizers"][rate])
+
+    @torch.no_grad()
+    def logits(self, features: Mapping[str, Tensor]) -> dict[float, dict[str, Tensor]]:
+        """Features (videos, clips, D) to logits (videos, clips, classes) on the CPU, by rate and feature."""
+        flat = {name: value.flatten(0, 1).to(self.device) for name, value in features.items()}
+        shape = next(iter(features.values())).shape[:2]
+        logits = {}
+        for rate, head in self.heads.items():
+            head.eval()
+            logits[rate] = {name: value.cpu().view(*shape, -1) for name, value in head(flat).items()}
+        return logits
+
+
+def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean of each figure over steps that brought the same names."""
+    if not losses:
+        return {}
+    return {name: torch.stack([step[name] for step in losses]).mean().item() for name in losses[0]}

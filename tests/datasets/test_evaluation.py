@@ -1,0 +1,86 @@
+"""datasets.evaluation: clips from one pass are those of single reads, and no position is lost or counted twice."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import evaluation
+from datasets.decoding import VideoFile
+from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos, read_windows
+from datasets.video_dataset import ClipRecipe, VideoList, read_frames
+from utils.errors import UserError
+
+RECIPE = ClipRecipe(
+    0.5, 12.0, 32, 36, "msc+color", "bilinear", (0.2, 1.0), (0.75, 4 / 3), (0.4, 0.4, 0.4, 0.2), augment=True
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    root = tmp_path_factory.mktemp("clips")
+    make_video(root / "a.mp4", seconds=4, fps=25, audio_rate=None)
+    make_video(root / "b.avi", seconds=3, fps=30, codec="mpeg4", gop=300, audio_rate=None)
+    times = sorted(np.random.default_rng(0).uniform(0, 3, 40).tolist())
+    make_video(root / "c.mkv", vfr_times=times, seconds=3, bframes=0, audio_rate=None)
+    make_video(root / "short.mp4", seconds=0.2, fps=25, audio_rate=None)
+    return VideoList(root, ["a.mp4", "b.avi", "c.mkv", "short.mp4"], [0, 1, 0, 1], ["x", "y"])
+
+
+@pytest.mark.parametrize("pass_bytes", [256_000_000, 800_000])
+@pytest.mark.parametrize("augment", [False, True])
+def test_one_pass_gives_what_single_reads_give(videos, augment, pass_bytes, monkeypatch):
+    monkeypatch.setattr(evaluation, "PASS_BYTES", pass_bytes)
+    for i in range(len(videos)):
+        with VideoFile(videos.path(i)) as file:
+            start, seconds = file.info.video.start, file.info.video.duration
+            room = max(0, seconds - RECIPE.video_seconds)
+            starts = [*(start + room * np.random.default_rng(i).random(9)), start, start + room]
+            rngs = [np.random.default_rng((i, k)) for k in range(len(starts))] if augment else None
+            found = read_windows(file, starts, RECIPE, rngs)
+        for k, clip in enumerate(found):
+            with VideoFile(videos.path(i)) as file:
+                single = read_frames(file, starts[k], RECIPE, np.random.default_rng((i, k)) if augment else None)
+            assert torch.equal(clip, single), f"{videos.name(i)}, clip {k}"
+
+
+def test_a_short_video_repeats_its_last_frame(videos):
+    frames = VideoClips(videos, RECIPE, seed=0, even=2)[0, 3]["frames"]
+    assert frames.shape == (2, 6, 32, 32, 3) and torch.equal(frames[0, -1], frames[0, -2])
+
+
+def test_fewer_random_clips_are_the_first_of_more(videos):
+    centre = ClipRecipe(0.5, 12.0, 32, 36, "crop+color", "bilinear", (0.2, 1), (0.75, 4 / 3), (0,) * 4, augment=False)
+    many = VideoClips(videos, centre, seed=3, random=5, even=2)[0, 1]["frames"]
+    few = VideoClips(videos, centre, seed=3, random=2)[0, 1]["frames"]
+    other = VideoClips(videos, centre, seed=4, random=2)[0, 1]["frames"]
+    assert torch.equal(many[:2], few) and not torch.equal(few, other)
+
+
+def test_a_sample_hangs_on_seed_epoch_and_position_alone(videos):
+    clips = FreshClips(videos, RECIPE, 3, seed=1, shuffle=True)
+    first, again = clips[2, 5], FreshClips(videos, RECIPE, 3, seed=1, shuffle=True)[2, 5]
+    assert torch.equal(first["frames"], again["frames"]) and (first["video_aug"] == again["video_aug"]).all()
+    assert sorted(clips.order(0).tolist()) == sorted([0, 1, 2, 3] * 3)
+    assert not torch.equal(first["frames"], clips[3, 5]["frames"])
+
+
+@pytest.mark.parametrize(("length", "batch"), [(8, 3), (7, 7), (1, 2), (10, 4)])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_shares_are_the_batches_of_one_process(length, batch, processes):
+    whole = [keys for keys in SharedBatches(length, batch, 0, 1)]
+    shares = [list(SharedBatches(length, batch, rank, processes)) for rank in range(processes)]
+    assert [sum((share[step] for share in shares), []) for step in range(len(whole))] == whole
+    assert sum(map(len, whole)) == length
+    sizes = [[len(share[step]) for share in shares] for step in range(len(whole))]
+    assert all(max(row) - min(row) <= 1 for row in sizes)
+    assert sum(map(len, SharedBatches(length, batch, 0, 1, drop_last=True))) == length // batch * batch
+
+
+def test_missing_videos_are_counted_and_named(videos):
+    listed = VideoList(videos.root, ["a.mp4", "gone1.mp4", "gone2.mp4"], [0, 1, 0], ["x", "y"])
+    with pytest.raises(UserError, match="2 of the 3 videos of a list are missing: gone1.mp4, gone2.mp4.*allow-missing"):
+        present_videos(listed, allow_missing=False)
+    present, missing = present_videos(listed, allow_missing=True)
+    assert len(present) == 1 and present.labels.tolist() == [0] and missing == ["gone1.mp4", "gone2.mp4"]
+    with pytest.raises(UserError, match="get them"):
+        present_videos(listed.subset([1, 2]), allow_missing=True)
