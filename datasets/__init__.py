@@ -66,6 +66,8 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
         )
     train = data["train"]
     videos = build_videos(data, train["split"])
+    if train["return_labels"] and (videos.labels < 0).all():
+        raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; leave the key out, or add them")
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
     clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs)
     batches = EpochBatches(

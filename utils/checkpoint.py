@@ -18,7 +18,7 @@ from torch import nn
 
 from utils.config import flatten
 from utils.distributed import is_main, world_size
-from utils.errors import UserError
+from utils.errors import UserError, lost_worker
 
 log = logging.getLogger("avssrl")
 
@@ -185,9 +185,10 @@ def save(folder: str | Path, state: Mapping, keep_as: str | None = None) -> Path
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch answers a failed write with a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{latest}: could not be saved: {_one_line(error)}; the checkpoint before is untouched"
-        ) from error
+        if lost_worker(error) is not None:
+            raise
+        reason = _one_line(_first_cause(error))
+        raise UserError(f"{latest}: could not be saved: {reason}; the checkpoint before is untouched") from error
     return latest
 
 
@@ -342,6 +343,13 @@ def _shape(value: object) -> tuple | None:
 
 def _few(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that came first, such as the full disk behind torch.save's own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _one_line(error: BaseException) -> str:

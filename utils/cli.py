@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from utils.errors import STATUS, Preempted, RunFailed, UserError
+from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
 
 
 def pretraining_parser(description: str) -> argparse.ArgumentParser:
@@ -72,6 +72,11 @@ def run_script(main: Callable[[], None]) -> None:
         title = {UserError: "error", RunFailed: "failed", Preempted: "preempted"}[type(error)]
         print(f"{title}: {error}", file=sys.stderr)
         sys.exit(STATUS[type(error)])
+    except RuntimeError as error:
+        if (message := lost_worker(error)) is None:
+            raise
+        print(f"failed: {message}", file=sys.stderr)
+        sys.exit(STATUS[RunFailed])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,8 @@
 """YAML configurations: read safely, checked key by key, completed with defaults.
 
 The table of keys below is the whole truth about a configuration: a key that is not in it is an error before any work,
-and every key in it is read somewhere. Files written for the thesis' code load unchanged.
+and every key in it is read somewhere (but for `use_augmentation` and `drop_last` of test splits: measuring never
+augments or drops). Files written for the thesis' code load unchanged.
 """
 
 import copy

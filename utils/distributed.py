@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import STATUS, Preempted, RunFailed, UserError
+from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
 
 log = logging.getLogger("avssrl")
 
@@ -297,3 +297,8 @@ def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, me
     except (UserError, RunFailed, Preempted) as error:
         messages.put((type(error), str(error)))
         sys.exit(STATUS[type(error)])
+    except RuntimeError as error:
+        if (message := lost_worker(error)) is None:
+            raise
+        messages.put((RunFailed, f"rank {plan.first_rank + local_rank}: {message}"))
+        sys.exit(STATUS[RunFailed])

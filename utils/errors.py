@@ -23,4 +23,16 @@ class Preempted(Exception):
     """
 
 
+def lost_worker(error: BaseException | None) -> str | None:
+    """What PyTorch said of a loader's worker that died, if `error` goes back to that; else None.
+
+    PyTorch raises it from a signal handler, wherever the main process happens to be, also in the middle of saving.
+    """
+    while error is not None:
+        if "DataLoader worker" in str(error):
+            return " ".join(str(error).split())
+        error = error.__context__
+    return None
+
+
 STATUS = {UserError: 2, RunFailed: 1, Preempted: 75}

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from utils.distributed import is_main, rank, world_size
-from utils.errors import RunFailed, UserError
+from utils.errors import UserError
 from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
@@ -158,11 +158,7 @@ class StepClock:
         self._waited, self._clips = 0.0, 0
 
     def timed(self, batches: Iterable) -> Iterable:
-        """Go through `batches`, noting how long each was waited for.
-
-        Raises:
-            RunFailed: a worker of the loader died.
-        """
+        """Go through `batches`, noting how long each was waited for."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -170,10 +166,6 @@ class StepClock:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RunFailed(f"rank {rank()}: {' '.join(str(error).split())}; out of memory?") from None
             self._waited += time.perf_counter() - asked
             yield batch
 

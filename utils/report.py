@@ -29,6 +29,7 @@ from models import build_model
 from utils import checkpoint
 from utils.cli import run_script
 from utils.config import load_config
+from utils.errors import UserError
 from utils.logger import percentages, read_metrics
 from utils.metrics import nearest_neighbour_accuracy
 from utils.results import collect, summary
@@ -104,7 +105,7 @@ def report_demo(cfgs: list[dict], out: Path) -> None:
     for cfg in cfgs:
         state, path = checkpoint.load_latest(run_folder(cfg)) or (None, None)
         if state is None:
-            raise checkpoint.UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first")
+            raise UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first")
         prepare = BatchPrep(cfg["dataset"], state["audio_stats"], device)
         torch.manual_seed(cfg["seed"])
         model = build_model(cfg["model"]).to(device)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, lost_worker
 
 
 def state(value):
@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(UserError, match="could not be saved.*untouched"):
+        with pytest.raises(UserError, match="could not be saved.*File too large.*untouched"):
             checkpoint.save(tmp_path, state(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -94,3 +94,21 @@ def test_weights_load_whole_or_not_at_all():
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
     checkpoint.load_weights(module, good, "file.pth.tar")
     assert all(not value.any() for value in module.state_dict().values())
+
+
+def test_a_lost_worker_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    """PyTorch raises it from a signal handler, which may strike in the middle of a write."""
+    checkpoint.save(tmp_path, state(1))
+
+    def interrupted(*args):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        except RuntimeError:
+            raise RuntimeError("enforce fail") from None
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError) as error:
+        checkpoint.save(tmp_path, state(2))
+    assert lost_worker(error.value) == "DataLoader worker (pid 7) is killed by signal: Killed."
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1
