@@ -1,4 +1,4 @@
-# make demo: make the demo data set, pre-train on it, measure, show.  make test: run the tests.  Both set up .venv first.
+# make demo: make the demo data set, pre-train on it with xID and with VICReg, measure, show.  make test: run the tests.  Both set up .venv first.
 # make test-notebooks: run the notebooks, with requirements-notebooks.txt added to .venv.
 
 PYTHON ?= python3
@@ -16,7 +16,12 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 demo: $(VENV)/ready
 	$(RUN) -m datasets.demo --root data/demo
 	$(RUN) main-ssl.py configs/demo/xid.yaml
-	$(RUN) -m utils.report demo --out demo.png configs/demo/xid.yaml
+	$(RUN) main-vicreg.py configs/demo/vicreg.yaml
+	$(RUN) eval-action-recg-linear.py configs/demo/linear.yaml configs/demo/xid.yaml
+	$(RUN) eval-action-recg-linear.py configs/demo/linear.yaml configs/demo/vicreg.yaml
+	$(RUN) eval-action-recg-linear.py configs/demo/linear.yaml configs/demo/xid.yaml --random-weights
+	$(RUN) -m utils.report demo --out demo.png configs/demo/xid.yaml configs/demo/vicreg.yaml
+	$(RUN) -m utils.report checkpoints/demo
 
 test: $(VENV)/ready lint
 	$(RUN) -m pytest -n auto --dist loadfile
