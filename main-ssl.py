@@ -27,7 +27,7 @@ from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_s
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
-from utils.retrieval import cross_modal_retrieval, embed
+from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
 
 
@@ -95,10 +95,10 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
 
     def measure(epoch: int) -> None:
-        """Held-out retrieval after so many epochs, by rank 0."""
+        """Held-out retrieval and nearest neighbours after so many epochs, by rank 0."""
         if is_main():
             with precision.autocast():
-                figures = cross_modal_retrieval(embed(model, build_held_out(cfg, device), prepare))
+                figures = held_out_figures(embed(model, build_held_out(cfg, device), prepare))
             writer.write("retrieval", epoch * batches.steps, {"epoch": epoch, **figures})
             log.info("held out, after %d epochs: %s", epoch, percentages(figures))
 

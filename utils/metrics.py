@@ -66,18 +66,34 @@ def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)
 def nearest_neighbour_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)
 ) -> dict[str, float]:
-    """Top-1 accuracy, in percent, of the majority among the k training rows with the largest cosine.
+    """Top-1 accuracy, in percent, of the majority among the k training rows with the largest cosine: kNN@k.
 
     Rows are features (items, D). Votes are counted equally; of classes with equal votes, the one with the larger sum of
     cosines wins.
     """
-    train = torch.nn.functional.normalize(train.float(), dim=1)
-    test = torch.nn.functional.normalize(test.float(), dim=1)
-    ks = tuple(min(k, len(train)) for k in ks)
-    cosines, nearest = (test @ train.T).topk(max(ks), dim=1)
-    votes = torch.nn.functional.one_hot(train_labels[nearest], int(train_labels.max()) + 1).float()
+    return _vote(_cosines(test, train), train_labels, test_labels, ks)
+
+
+def leave_one_out_accuracy(features: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)) -> dict[str, float]:
+    """As `nearest_neighbour_accuracy`, of each row among all the others (items, D). Items labelled -1 are left out."""
+    known = labels >= 0
+    features, labels = features[known], labels[known]
+    return _vote(_cosines(features, features).fill_diagonal_(-torch.inf), labels, labels, ks, room=1)
+
+
+def _cosines(queries: Tensor, gallery: Tensor) -> Tensor:
+    return (
+        torch.nn.functional.normalize(queries.float(), dim=1) @ torch.nn.functional.normalize(gallery.float(), dim=1).T
+    )
+
+
+def _vote(cosines: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
+    """kNN@min(k, rows of the gallery without `room`) by cosines (queries, gallery)."""
+    ks = tuple(min(k, cosines.shape[1] - room) for k in ks)
+    cosines, nearest = cosines.topk(max(ks), dim=1)
+    votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).float()
     accuracy = {}
     for k in ks:
         tally = (votes[:, :k] * (1 + 1e-4 * cosines[:, :k, None])).sum(1)
-        accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == test_labels).float().mean().item()
+        accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == labels).float().mean().item()
     return accuracy

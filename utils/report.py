@@ -2,11 +2,12 @@
 
     python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
     python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
-    python3 -m utils.report retrieval CFG --checkpoint FILE [--audio-stats FILE]
+    python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--png FILE] [--map FILE]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
 and the nearest-neighbour accuracy of frozen video features. A folder in place of a command: all evaluations below it in
-one table. `retrieval` is the cross-modal retrieval of any known checkpoint on the held-out videos of a configuration.
+one table. `retrieval` is the cross-modal retrieval of any known checkpoint on the held-out videos of a configuration,
+with a picture of queries and answers, and a map of the embeddings in two dimensions.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 
 matplotlib.use("Agg")
@@ -33,9 +33,8 @@ from utils.errors import UserError
 from utils.logger import percentages, read_metrics
 from utils.metrics import nearest_neighbour_accuracy
 from utils.results import collect, summary
-from utils.retrieval import cross_modal_retrieval, embed
+from utils.retrieval import NEIGHBOURS, cross_modal_retrieval, draw_answers, draw_map, embed, held_out_figures
 
-NEIGHBOURS = 5
 COLUMNS = ("v2a_R@1", "v2a_R@5", "v2a_R@10", "a2v_R@1", "a2v_R@5", "a2v_R@10", f"kNN@{NEIGHBOURS}")
 
 
@@ -51,8 +50,10 @@ def main() -> None:
     results.add_argument("--out", help="a file; default: the console")
     cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
-    cross.add_argument("--checkpoint", required=True)
+    cross.add_argument("--checkpoint", help="default: the configuration's own run")
     cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
+    cross.add_argument("--png", help="a picture of videos and the sounds found for them")
+    cross.add_argument("--map", help="a picture of the embeddings by PCA and t-SNE")
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in commands.choices and not arguments[0].startswith("-"):
         arguments.insert(0, "results")
@@ -62,7 +63,7 @@ def main() -> None:
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
     else:
-        report_retrieval(load_config(args.cfg), args.checkpoint, args.audio_stats)
+        report_retrieval(load_config(args.cfg), args)
 
 
 def report_results(folder: str, form: str, out: str | None) -> None:
@@ -74,24 +75,35 @@ def report_results(folder: str, form: str, out: str | None) -> None:
         Path(out).write_text(table)
 
 
-def report_retrieval(cfg: dict, file: str, stats_file: str | None) -> None:
+def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     """Cross-modal retrieval of a checkpoint on the held-out videos, which says where the audio statistics are from."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = checkpoint.load(file)
-    weights, words = checkpoint.recognise(state, file)
+    if args.checkpoint:
+        state, file = checkpoint.load(args.checkpoint), args.checkpoint
+    else:
+        state, file = checkpoint.load_latest(run_folder(cfg)) or (None, None)
+        if state is None:
+            raise UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first, or give --checkpoint FILE")
+    weights, words = checkpoint.recognise(state, str(file))
     model = build_model(cfg["model"]).to(device)
-    checkpoint.load_weights(model, weights, file)
-    if stats_file is not None:
-        stats, source = read_statistics(stats_file, cfg["dataset"]["spec_params"]["n_mels"]), stats_file
+    checkpoint.load_weights(model, weights, str(file))
+    if args.audio_stats is not None:
+        stats, source = read_statistics(args.audio_stats, cfg["dataset"]["spec_params"]["n_mels"]), args.audio_stats
     elif "audio_stats" in state:
         stats, source = state["audio_stats"], "the checkpoint"
     else:
         videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
         recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
         stats, source = audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
-    prepare = BatchPrep(cfg["dataset"], stats, device)
-    figures = cross_modal_retrieval(embed(model, build_held_out(cfg, device, most=None), prepare))
-    print(f"{words}\naudio statistics: {source}\n{percentages(figures)}")
+    held_out = build_held_out(cfg, device, most=None)
+    embeddings = embed(model, held_out, BatchPrep(cfg["dataset"], stats, device))
+    print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
+    if args.png is not None:
+        figure = plt.figure(figsize=(12, 6.5), layout="constrained")
+        draw_retrieval(figure, cfg, embeddings)
+        figure.savefig(args.png, dpi=110)
+    if args.map is not None:
+        draw_map(embeddings, held_out.dataset.videos.classes or (), args.map)
 
 
 def report_demo(cfgs: list[dict], out: Path) -> None:
@@ -189,45 +201,22 @@ def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
     recall_axis.legend(fontsize=8)
     for axis in (*loss_axes, recall_axis):
         axis.grid(alpha=0.3)
-    draw_pairs(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
+    draw_retrieval(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
-def draw_pairs(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor], queries: int = 5, answers: int = 4) -> None:
-    """Rows of a query's frames and the spectrograms of the sounds nearest to it; its own has a green frame."""
-    video, audio = (torch.nn.functional.normalize(run[name], dim=2) for name in ("video", "audio"))
-    similarity = torch.einsum("iwd,jwd->ij", video, audio)
-    rank_of_own = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
-    chosen = rank_of_own.argsort(stable=True)[np.linspace(0, len(video) // 4, queries).astype(int)]
+def draw_retrieval(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor]) -> None:
+    """Some of a run's held-out videos, and the sounds that are nearest to them (see `draw_answers`)."""
     clips = build_held_out(cfg, torch.device("cpu"), most=None).dataset
-    prepare = BatchPrep(
-        cfg["dataset"],
-        {
-            name: torch.full((cfg["dataset"]["spec_params"]["n_mels"],), fill)
-            for name, fill in (("mean", 0.0), ("std", 1.0))
-        },
-        torch.device("cpu"),
-    )
-    axes = figure.subplots(queries, 1 + answers, width_ratios=[4] + [2] * answers)
-    figure.suptitle(
-        "Videos and the held-out sounds nearest to them (green: the video's own; a title is the sound's class)"
-    )
-    classes = clips.videos.classes
-    for row, query in zip(axes, chosen.tolist(), strict=True):
-        frames = clips[int(run["index"][query])]["frames"][0]
-        row[0].imshow(torch.cat(list(frames[:: max(1, len(frames) // 4)][:4]), dim=1).numpy())
-        row[0].set_ylabel(classes[run["label"][query]] if classes else "", fontsize=9)
-        for axis, answer in zip(row[1:], similarity[query].topk(answers).indices.tolist(), strict=True):
-            waveform = clips[int(run["index"][answer])]["waveform"][:1]
-            axis.imshow(prepare.audio(waveform)[0, 0].numpy(), origin="lower", aspect="auto", cmap="magma")
-            axis.set_title(classes[run["label"][answer]] if classes else "", fontsize=8)
-            if answer == query:
-                axis.patch.set(edgecolor="limegreen", linewidth=6)
-                for spine in axis.spines.values():
-                    spine.set(edgecolor="limegreen", linewidth=4)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+    mels = cfg["dataset"]["spec_params"]["n_mels"]
+    prepare = BatchPrep(cfg["dataset"], {"mean": torch.zeros(mels), "std": torch.ones(mels)}, torch.device("cpu"))
+
+    def show(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sample = clips[index]
+        return sample["frames"][0], prepare.audio(sample["waveform"][:1])[0, 0]
+
+    draw_answers(figure, run, show, clips.videos.classes or ())
 
 
 if __name__ == "__main__":

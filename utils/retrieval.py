@@ -1,11 +1,15 @@
 """Held-out measurements of an audio-visual encoder: embeddings of whole videos, cross-modal retrieval."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.metrics import retrieval
+from utils.metrics import leave_one_out_accuracy, retrieval
+
+NEIGHBOURS = 5
 
 
 @torch.no_grad()
@@ -49,3 +53,101 @@ def cross_modal_retrieval(embeddings: dict[str, Tensor]) -> dict[str, float]:
         for k, share in retrieval(embeddings[query], embeddings[gallery]).items():
             figures[f"{name}_{k}"] = share
     return figures
+
+
+def held_out_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
+    """What pre-training watches, in percent: `cross_modal_retrieval`, and where there are labels kNN@5.
+
+    kNN@5 is the share of videos whose class is the majority's among the five others with the nearest video features.
+    """
+    figures = cross_modal_retrieval(embeddings)
+    if (embeddings["label"] >= 0).sum() > NEIGHBOURS:
+        features = embeddings["features"].mean(1)
+        figures |= leave_one_out_accuracy(features, embeddings["label"], (NEIGHBOURS,))
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_answers(
+    figure: object,
+    embeddings: dict[str, Tensor],
+    show: Callable[[int], tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    queries: int = 5,
+    answers: int = 4,
+) -> None:
+    """Rows of a video's frames and the spectrograms of the sounds nearest to it; its own has a green frame.
+
+    Args:
+        figure: matplotlib's, or one of its subfigures.
+        embeddings: what `embed` answered. Shown are videos from the best to the median of their better half.
+        show: a video's `index` to its frames (T, H, W, 3) and its spectrogram (n_mels, frames).
+        classes: names of the labels, or nothing.
+    """
+    video, audio = (torch.nn.functional.normalize(embeddings[name], dim=2) for name in ("video", "audio"))
+    similarity = torch.einsum("iwd,jwd->ij", video, audio)
+    rank_of_own = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
+    queries, answers = min(queries, len(video)), min(answers, len(video))
+    chosen = rank_of_own.argsort(stable=True)[np.linspace(0, len(video) // 4, queries).astype(int)]
+    axes = figure.subplots(queries, 1 + answers, width_ratios=[4] + [2] * answers, squeeze=False)
+    figure.suptitle(
+        "Videos and the held-out sounds nearest to them (green: the video's own; a title is the sound's class)"
+    )
+
+    def name(i: int) -> str:
+        return classes[embeddings["label"][i]] if len(classes) and embeddings["label"][i] >= 0 else ""
+
+    for row, query in zip(axes, chosen.tolist(), strict=True):
+        frames, _ = show(int(embeddings["index"][query]))
+        row[0].imshow(torch.cat(list(frames[:: max(1, len(frames) // 4)][:4]), dim=1).numpy())
+        row[0].set_ylabel(name(query), fontsize=9)
+        for axis, answer in zip(row[1:], similarity[query].topk(answers).indices.tolist(), strict=True):
+            _, spectrogram = show(int(embeddings["index"][answer]))
+            axis.imshow(spectrogram.numpy(), origin="lower", aspect="auto", cmap="magma")
+            axis.set_title(name(answer), fontsize=8)
+            if answer == query:
+                axis.patch.set(edgecolor="limegreen", linewidth=6)
+                for spine in axis.spines.values():
+                    spine.set(edgecolor="limegreen", linewidth=4)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+
+
+def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | Path, seed: int = 0) -> None:
+    """A picture of the embeddings in two dimensions, coloured by label: PCA and t-SNE, of video and of sound.
+
+    A dot is a video, or its sound: the mean of its windows' unit embeddings. Beyond 20 classes only the 20 with the
+    most videos have colours of their own; the others are grey.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    labels = embeddings["label"].numpy()
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    coloured = names[np.argsort(-counts, kind="stable")][:20]
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    for row, kind in zip(axes, ("video", "audio"), strict=True):
+        points = torch.nn.functional.normalize(embeddings[kind], dim=2).mean(1).numpy()
+        pca = PCA(2, random_state=seed).fit(points)
+        share = 100 * pca.explained_variance_ratio_.sum()
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        tsne = TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(points)
+        for axis, flat, title in (
+            (row[0], pca.transform(points), f"{kind}, PCA ({share:.0f}% of the variance)"),
+            (row[1], tsne, f"{kind}, t-SNE (perplexity {perplexity:.0f})"),
+        ):
+            rest = ~np.isin(labels, coloured)
+            axis.scatter(*flat[rest].T, s=14, color="0.75")
+            for i, label in enumerate(coloured):
+                own = labels == label
+                axis.scatter(*flat[own].T, s=14, color=f"C{i % 10}", marker="o^"[i // 10], label=classes[label])
+            axis.set(title=title, xticks=[], yticks=[])
+    if len(coloured):
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,79 @@
+"""Held-out measurements and their pictures, on embeddings made so that the answer is known."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from utils.metrics import leave_one_out_accuracy, nearest_neighbour_accuracy
+from utils.retrieval import draw_answers, draw_map, held_out_figures
+
+
+@pytest.fixture
+def embeddings():
+    """30 videos of 3 classes, whose features are near their class's axis and whose sounds are near their videos."""
+    rng = torch.Generator().manual_seed(0)
+    label = torch.arange(30) % 3
+    video = torch.randn(30, 2, 16, generator=rng)
+    features = torch.eye(3)[label].unsqueeze(1) + 0.1 * torch.randn(30, 2, 3, generator=rng)
+    audio = video + 0.1 * torch.randn(30, 2, 16, generator=rng)
+    return {"video": video, "audio": audio, "features": features, "label": label, "index": torch.arange(30)}
+
+
+def test_leave_one_out_is_each_row_against_the_others():
+    rng = torch.Generator().manual_seed(1)
+    features, labels = torch.randn(12, 4, generator=rng), torch.randint(3, (12,), generator=rng)
+    single = []
+    for i in range(12):
+        others = torch.arange(12) != i
+        one = features[i : i + 1], labels[i : i + 1]
+        single.append(nearest_neighbour_accuracy(features[others], labels[others], *one, (1, 3)))
+    for name, value in leave_one_out_accuracy(features, labels, (1, 3)).items():
+        assert value == pytest.approx(np.mean([figures[name] for figures in single]))
+
+
+def test_leave_one_out_leaves_out_what_has_no_label():
+    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [1.0, 0.01]])
+    assert leave_one_out_accuracy(features, torch.tensor([0, 0, 1, 1, -1]), (1,)) == {"kNN@1": 100.0}
+    assert leave_one_out_accuracy(features, torch.tensor([0, 1, 0, 1, -1]), (1,)) == {"kNN@1": 0.0}
+
+
+def test_what_pre_training_watches(embeddings):
+    figures = held_out_figures(embeddings)
+    assert figures["v2a_R@1"] == figures["a2v_R@1"] == figures["kNN@5"] == 100.0
+    shuffled = embeddings | {"audio": embeddings["audio"].flip(0), "label": torch.full((30,), -1)}
+    figures = held_out_figures(shuffled)
+    assert figures["v2a_R@1"] < 20.0
+    assert "kNN@5" not in figures  # nothing has a label
+
+
+def test_a_picture_of_queries_and_answers(embeddings):
+    asked = []
+
+    def show(index):
+        asked.append(index)
+        return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
+
+    figure = plt.figure()
+    draw_answers(figure, embeddings, show, ("a", "b", "c"), queries=3, answers=2)
+    plt.close(figure)
+    assert len(figure.axes) == 9
+    assert len(asked) == 9  # 3 queries, and 2 answers to each
+    for row in range(3):  # the sounds lie close to their videos: the first answer is right, and framed in green
+        query, first = figure.axes[3 * row : 3 * row + 2]
+        assert first.get_title() == query.get_ylabel()
+        assert first.patch.get_edgecolor()[:3] == matplotlib.colors.to_rgb("limegreen")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_map_of_embeddings(embeddings, tmp_path, labelled):
+    file = tmp_path / "map.png"
+    if not labelled:
+        embeddings["label"][:] = -1
+    draw_map(embeddings, ("a", "b", "c") if labelled else (), file)
+    picture = np.round(255 * plt.imread(file)[..., :3]).astype(int)
+    blue = np.round(255 * np.array(matplotlib.colors.to_rgb("C0"))).astype(int)
+    assert (picture == blue).all(-1).any() == labelled
