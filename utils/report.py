@@ -2,12 +2,14 @@
 
     python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
     python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
+    python3 -m utils.report concepts DIR [DIR ...] [--out concepts.png]
     python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--png FILE] [--map FILE]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
 and the nearest-neighbour accuracy of frozen video features. A folder in place of a command: all evaluations below it in
-one table. `retrieval` is the cross-modal retrieval of any known checkpoint on the held-out videos of a configuration,
-with a picture of queries and answers, and a map of the embeddings in two dimensions.
+one table. `concepts` draws accuracy over the few-shot ratio, on unseen and on seen concepts. `retrieval` is the
+cross-modal retrieval of any known checkpoint on the held-out videos of a configuration, with a picture of queries and
+answers, and a map of the embeddings in two dimensions.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from datasets.video_dataset import ClipRecipe, EvenClips, collate_readable, make
 from models import build_model
 from utils import checkpoint
 from utils.cli import run_script
+from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import UserError
 from utils.logger import percentages, read_metrics
@@ -48,6 +51,9 @@ def main() -> None:
     results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
     results.add_argument("--form", choices=("text", "markdown", "csv"), default="text")
     results.add_argument("--out", help="a file; default: the console")
+    concepts = commands.add_parser("concepts", help="unseen and seen concepts over the few-shot ratio: plots and CSV")
+    concepts.add_argument("folders", metavar="DIR", nargs="+", help="such as checkpoints/")
+    concepts.add_argument("--out", default="concepts.png", help="the picture; the figures go beside it as CSV")
     cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
     cross.add_argument("--checkpoint", help="default: the configuration's own run")
@@ -62,6 +68,8 @@ def main() -> None:
         report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
+    elif args.command == "concepts":
+        report_concepts(args.folders, Path(args.out))
     else:
         report_retrieval(load_config(args.cfg), args)
 

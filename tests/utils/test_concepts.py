@@ -1,0 +1,159 @@
+"""Concept generalization: results collected over seeds, the table, the CSV and the plot behind them; the sweep."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.tiny_evaluation import CLASSES, make_ucf, write_evaluation
+from utils import concepts
+from utils.errors import UserError
+from utils.results import FIGURES
+
+
+def write_result(root, model="xid", ratio=None, seed=42, top1=50.0, fold=1, weights="our checkpoint of xid"):
+    """A `results.json` as the linear script writes it, with seen concepts 10 points above unseen ones."""
+    folder = root / model / f"eval-b/fold-{fold:02d}/{ratio}-{seed}-{weights == concepts.RANDOM}"
+    folder.mkdir(parents=True)
+    parts = {
+        part: {"pool": dict.fromkeys(FIGURES, top1 + more) | {"clips": 40, "videos": 8}}
+        for part, more in (("unseen", 0.0), ("seen", 10.0))
+    }
+    content = {
+        "results": parts,
+        "kind": "linear",
+        "dataset": "ucf101",
+        "benchmark": "b",
+        "model": model,
+        "variant": "rest-classes",
+        "encoder": {"weights": weights},
+        "few_shot": ratio and {"ratio": ratio, "seed": seed, "videos": []},
+        "recipe": {"seed": 0, "parts": {"unseen": ["a", "b"], "seen": ["c", "d", "e"]}},
+    }
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_rows_are_means_and_deviations_over_seeds(tmp_path):
+    for seed, top1 in ((1, 40.0), (2, 44.0), (3, 51.0)):
+        write_result(tmp_path, ratio=0.1, seed=seed, top1=top1)
+    write_result(tmp_path, top1=70.0)
+    rows = {(row["part"], row["ratio"]): row for row in concepts.collect_concepts([tmp_path])}
+    assert set(rows) == {(part, ratio) for part in ("unseen", "seen") for ratio in (0.1, 1.0)}
+    few = rows["unseen", 0.1]
+    assert few["Video@1 mean"] == pytest.approx(45.0)
+    assert few["Video@1 std"] == pytest.approx(np.std([40, 44, 51], ddof=1))
+    assert (few["seeds"], few["classes"], few["videos"]) == (3, 2, 8)
+    assert rows["seen", 0.1]["Video@1 mean"] == pytest.approx(55.0)
+    assert (rows["unseen", 1.0]["seeds"], rows["unseen", 1.0]["Video@1 std"]) == (1, 0.0)
+
+
+def test_folds_of_a_seed_are_averaged_first(tmp_path):
+    for fold, top1 in ((1, 40.0), (2, 60.0)):
+        write_result(tmp_path, ratio=0.1, seed=1, top1=top1, fold=fold)
+    write_result(tmp_path, ratio=0.1, seed=2, top1=52.0)
+    (row,) = (row for row in concepts.collect_concepts([tmp_path]) if row["part"] == "unseen")
+    assert (row["seeds"], row["Video@1 mean"]) == (2, pytest.approx(51.0))
+
+
+def test_the_whole_set_has_one_subset_whatever_the_seed(tmp_path):
+    write_result(tmp_path, ratio=1.0, seed=1)
+    write_result(tmp_path, ratio=1.0, seed=2)
+    assert {row["seeds"] for row in concepts.collect_concepts([tmp_path])} == {1}
+
+
+def test_random_weights_are_a_method_of_their_own(tmp_path):
+    write_result(tmp_path)
+    write_result(tmp_path, weights=concepts.RANDOM, top1=20.0)
+    rows = concepts.collect_concepts([tmp_path])
+    assert {row["method"] for row in rows} == {"xid", concepts.RANDOM}
+
+
+def test_csv_table_and_picture(tmp_path):
+    write_result(tmp_path, ratio=0.1)
+    write_result(tmp_path, ratio=0.5, top1=60.0)
+    rows = concepts.collect_concepts([tmp_path])
+    concepts.report_concepts([tmp_path], tmp_path / "plot.png")
+    with (tmp_path / "plot.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows) == 4
+    assert tuple(lines[0]) == concepts.COLUMNS
+    assert {float(line["Video@1 mean"]) for line in lines} == {50.0, 60.0, 70.0}
+    table = concepts.concepts_table(rows)
+    assert "10%" in table and "ucf101, xid, unseen" in table
+    figure = concepts.draw_concepts(rows)
+    solid, dashed = (line for line in figure.axes[0].get_lines() if line.get_marker() == "o")
+    assert solid.get_linestyle() == "-" and dashed.get_linestyle() == "--"
+    assert list(solid.get_xdata()) == [0.1, 0.5] and list(solid.get_ydata()) == [50.0, 60.0]
+    assert plt.imread(tmp_path / "plot.png").shape[0] > 300
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(UserError, match="--use-rest-classes"):
+        concepts.collect_concepts([tmp_path])
+    with pytest.raises(UserError, match="no such folder"):
+        concepts.collect_concepts([tmp_path / "nowhere"])
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, make_video):
+    """A folder, and what runs a sweep over two ratios in it, as a user does."""
+    folder = tmp_path_factory.mktemp("sweep")
+    root = make_ucf(folder / "ucf", make_video)
+    cfg = write_evaluation(folder, root, dataset__rest_classes=str(folder / "unseen.txt"))
+    (folder / "unseen.txt").write_text(f"{CLASSES[0]}\n")
+    model = tiny.write_config(folder, folder, "net")
+    full = [sys.executable, "-m", "utils.sweep", cfg, model, "--ratios", 0.5, 1, "--seeds", 1, 2]
+    full += ["--set", "feature_views=2", "--out", folder / "out.png"]
+    (folder / "runs/net").mkdir(parents=True)
+
+    def run():
+        return subprocess.run(list(map(str, full)), cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
+
+    return folder, run
+
+
+def test_a_sweep_says_what_is_missing(swept):
+    _, run = swept
+    ended = run()  # the model itself was never pre-trained
+    assert ended.returncode == 1
+    assert (
+        "no such checkpoint" in ended.stderr
+        and "failed: eval-action-recg-linear.py ended with status 2" in ended.stderr
+    )
+
+
+def test_a_sweep_makes_features_once_and_goes_on(swept):
+    import torch
+
+    from models import build_model
+    from utils import checkpoint
+    from utils.config import load_config
+
+    folder, run = swept
+    torch.manual_seed(1)
+    weights = build_model(load_config(folder / "net.yaml")["model"]).state_dict()
+    checkpoint.save(folder / "runs/net", {"epoch": 1, "model": weights, "train_criterion": {}})
+    ended = run()
+    assert ended.returncode == 0, ended.stderr
+    assert "3/3" in ended.stdout and (folder / "out.png").is_file()
+    logs = sorted((folder / "runs/net").rglob("train.log"))
+    assert len(logs) == 3  # two subsets of a half, the whole
+    made = [log.read_text().count("kept in") for log in sorted(logs, key=os.path.getmtime)]
+    assert made == [2, 0, 0]  # features of the training and of the test videos, once
+    with (folder / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["part"], line["ratio"]) for line in lines} == {
+        (part, ratio) for part in ("unseen", "seen") for ratio in ("0.5", "1")
+    }
+    assert {line["seeds"] for line in lines if line["ratio"] == "0.5"} == {"2"}
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert all(
+        "epoch 2/2" not in log.read_text().rpartition("---- Run")[2] for log in logs
+    )  # nothing was trained again

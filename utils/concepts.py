@@ -1,0 +1,169 @@
+"""Concept generalization: accuracy on unseen and seen concepts over the share of labels, one line a method.
+
+Reads what `eval-action-recg-linear.py --use-rest-classes [--few-shot-ratio R]` wrote; `python3 -m utils.sweep` runs it
+for several methods, ratios and subsets.
+"""
+
+import csv
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.results import FIGURES, mean_and_deviation
+
+log = logging.getLogger("avssrl")
+
+PARTS = {"unseen": "-", "seen": "--"}  # part: its line in the picture
+SHOWN = {"Video@1": "top-1", "Video@5": "top-5"}
+RANDOM = "random weights"
+KEY = ("dataset", "benchmark", "method", "part", "ratio")
+COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{figure} {what}" for figure in FIGURES for what in ("mean", "std")))
+
+
+def report_concepts(folders: Iterable[str | Path], out: Path) -> None:
+    """Show the table of what `collect_concepts` finds, draw it to `out`, and write the figures beside it as CSV."""
+    rows = collect_concepts(folders)
+    print(concepts_table(rows))
+    draw_concepts(rows, out)
+    write_csv(rows, out.with_suffix(".csv"))
+    print(f"picture: {out}, figures: {out.with_suffix('.csv')}")
+
+
+def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
+    """The rows behind the plots: one for each data set, benchmark, method, part (unseen, seen) and few-shot ratio.
+
+    A row has the mean and the deviation (n - 1, over seeds; several folds of a seed are averaged first) of each figure
+    in percent, as `"Video@1 mean"` and `"Video@1 std"`, and the numbers of `classes`, of test `videos` and of `seeds`.
+    Without `--few-shot-ratio` the ratio is 1.
+
+    Raises:
+        UserError: no such folder, or no result with unseen and seen classes below them.
+    """
+    found: dict[tuple, dict[tuple, list[Mapping]]] = {}
+    sizes: dict[tuple, tuple[int, int]] = {}
+    for file in _result_files(folders):
+        try:
+            results = json.loads(file.read_text())
+            if not set(PARTS) <= set(results["results"]):
+                continue
+            few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
+            seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
+            for part in PARTS:
+                by_feature = results["results"][part]
+                for feature, figures in by_feature.items():
+                    method = method_name(results) + (f", {feature}" if len(by_feature) > 1 else "")
+                    key = results["dataset"], results["benchmark"], method, part, few_shot["ratio"]
+                    found.setdefault(key, {}).setdefault(seed, []).append(figures)
+                    sizes[key] = len(results["recipe"]["parts"][part]), figures["videos"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.warning("%s: no result of this project; left out", file)
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no result with unseen and seen classes; run "
+            "eval-action-recg-linear.py with --use-rest-classes, or python3 -m utils.sweep"
+        )
+    rows = []
+    for key, by_seed in sorted(found.items()):
+        row = dict(zip(KEY, key, strict=True)) | dict(zip(("classes", "videos"), sizes[key], strict=True))
+        row["seeds"] = len(by_seed)
+        for figure in FIGURES:
+            values = [np.mean([figures[figure] for figures in folds]) for folds in by_seed.values()]
+            row |= {f"{figure} {what}": value for what, value in mean_and_deviation(values).items()}
+        rows.append(row)
+    return rows
+
+
+def _result_files(folders: Iterable[str | Path]) -> list[Path]:
+    files = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give the one that holds the runs, such as checkpoints/")
+        files.update(folder.rglob("results.json"))
+    return sorted(files)
+
+
+def method_name(results: Mapping) -> str:
+    """What a line of the plot is called: the model, with the checkpoint where it is not the model's own."""
+    if results["encoder"]["weights"] == RANDOM:
+        return RANDOM
+    other = [part for part in results["variant"].split("_") if part.startswith("checkpoint-")]
+    return " ".join([results["model"], *other])
+
+
+def write_csv(rows: Sequence[Mapping], file: str | Path) -> None:
+    """The figures behind the plots, a line a row of `collect_concepts`."""
+    with Path(file).open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def concepts_table(rows: Sequence[Mapping]) -> str:
+    """Mean and deviation of Video@1 and Video@5, for the console: a line a method and part, a column a ratio."""
+    ratios = sorted({row["ratio"] for row in rows})
+    cells = {tuple(row[key] for key in KEY): row for row in rows}
+    lines = []
+    for figure, title in SHOWN.items():
+        lines.append([f"{title} ({figure})", *(f"{100 * ratio:g}%" for ratio in ratios)])
+        for line in sorted({tuple(row[key] for key in KEY[:-1]) for row in rows}):
+            found = [cells.get((*line, ratio)) for ratio in ratios]
+            dataset, _, method, part = line
+            lines.append([f"{dataset}, {method}, {part}", *(_cell(row, figure) if row else "" for row in found)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(row: Mapping, figure: str) -> str:
+    deviation = f" +-{row[f'{figure} std']:.1f}" if row["seeds"] > 1 else ""
+    return f"{row[f'{figure} mean']:.1f}{deviation}"
+
+
+def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> object:
+    """Top-1 and top-5 over the few-shot ratio, for each data set; returns matplotlib's figure.
+
+    A colour a method; solid for unseen and dashed for seen concepts; bars are one standard deviation over seeds. Dotted
+    lines are chance. Solid and dashed are different classes, and different numbers of them: what compares is methods.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    benchmarks = sorted({(row["dataset"], row["benchmark"]) for row in rows})
+    methods = sorted({row["method"] for row in rows} - {RANDOM})
+    colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
+    figure = Figure(figsize=(11, 4.2 * len(benchmarks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False)
+    for line, benchmark in zip(axes, benchmarks, strict=True):
+        own = [row for row in rows if (row["dataset"], row["benchmark"]) == benchmark]
+        for axis, (figure_name, title) in zip(line, SHOWN.items(), strict=True):
+            _draw_lines(axis, own, figure_name, colours)
+            axis.set(title=f"{benchmark[0]}, {title}", ylabel=f"{figure_name}, percent")
+        line[0].legend(fontsize=8, handlelength=3.5)
+    if file is not None:
+        figure.savefig(file, dpi=110)
+    return figure
+
+
+def _draw_lines(axis: object, rows: Sequence[Mapping], figure: str, colours: Mapping[str, str]) -> None:
+    ratios = sorted({row["ratio"] for row in rows})
+    for method, colour in colours.items():
+        for part, style in PARTS.items():
+            points = sorted((r for r in rows if (r["method"], r["part"]) == (method, part)), key=lambda r: r["ratio"])
+            if points:
+                x, mean, std = ([p[name] for p in points] for name in ("ratio", f"{figure} mean", f"{figure} std"))
+                label = f"{method}, {part} ({points[0]['classes']} classes)"
+                axis.errorbar(x, mean, std, color=colour, linestyle=style, marker="o", ms=4, capsize=3, label=label)
+    for part, style in PARTS.items():
+        classes = [row["classes"] for row in rows if row["part"] == part]
+        chance = 100 * min(1, int(figure.rpartition("@")[2]) / classes[0])
+        axis.axhline(chance, color="0.7", linestyle=":", lw=1 if style == "-" else 0.7, zorder=0)
+    axis.set_xscale("log")
+    axis.set_xticks(ratios, [f"{100 * ratio:g}%" for ratio in ratios])
+    axis.minorticks_off()
+    axis.set(xlabel="share of the labelled training videos", ylim=(0, 102))
+    axis.grid(alpha=0.3)

@@ -1,0 +1,98 @@
+"""Concept generalization by one command: methods x few-shot ratios x subsets, then the plots.
+
+    python3 -m utils.sweep configs/ucf/8at16-linear.yaml configs/VGGSound-N1024.yaml configs/VGGSound-VICReg.yaml \\
+        --random-weights --ratios 0.05 0.1 0.2 0.5 1 --seeds 42 43 44 --set dataset.root=DIR --out concepts.png
+
+Runs eval-action-recg-linear.py --use-rest-classes for every combination. An encoder sees the videos once: its features
+are kept below `cache_dir`, and every ratio and subset trains on them. `--seeds` are those of the few-shot subsets
+(`few_shot_seed`); at ratio 1 there is only one. Run again, it goes on: stored classifiers are only tested. What follows
+`--` goes to the script as it is (`-- --distributed --allow-missing`).
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.cli import run_script
+from utils.concepts import report_concepts
+from utils.config import load_config
+from utils.errors import RunFailed, UserError
+from utils.evaluation import benchmark_folder
+from utils.logger import duration
+
+SCRIPT = Path(__file__).resolve().parents[1] / "eval-action-recg-linear.py"
+VIEWS = 5  # of each training video, where CFG asks for fresh crops
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cfg", metavar="CFG", help="YAML of the linear evaluation")
+    parser.add_argument("model_cfgs", metavar="MODEL_CFG", nargs="+", help="YAML of a pre-training, one a method")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0], metavar="R")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], metavar="S", help="of the subsets")
+    parser.add_argument("--random-weights", action="store_true", help="random weights as one more method")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
+    parser.add_argument("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change every MODEL_CFG")
+    parser.add_argument("--anew", action="store_true", help="train every classifier again")
+    parser.add_argument("--out", default="concepts.png", help="the picture; the figures go beside it as CSV")
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:cut])
+    sweep(args, arguments[cut + 1 :])
+
+
+def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
+    """Run what is missing, then report.
+
+    Raises:
+        UserError: a bad key or ratio.
+        RunFailed: an evaluation failed; its message is on the console.
+    """
+    for ratio in args.ratios:
+        if not 0 < ratio <= 1:
+            raise UserError(f"--ratios {ratio:g}: expected above 0 and at most 1")
+    cfg = load_config(args.cfg, args.set)
+    if not cfg["feature_views"]:
+        print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); here {VIEWS}, so that features are made once")
+        args.set = [*args.set, f"feature_views={VIEWS}"]
+    runs, started = list(combinations(args)), time.monotonic()
+    for done, (model_cfg, random, ratio, seed) in enumerate(runs):
+        left = duration((time.monotonic() - started) / done * (len(runs) - done)) if done else "?"
+        method = "random weights" if random else Path(model_cfg).stem
+        print(f"{done + 1}/{len(runs)} | {left} left | {method}, ratio {ratio:g}, few_shot_seed {seed}", flush=True)
+        status = subprocess.run(command(args, model_cfg, random, ratio, seed, script_options)).returncode
+        if status:
+            raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
+    folders = [benchmark_folder(cfg, load_config(model_cfg, args.set_model)) for model_cfg in args.model_cfgs]
+    report_concepts(folders, Path(args.out))
+
+
+def combinations(args: argparse.Namespace) -> Iterator[tuple[str, bool, float, int]]:
+    """MODEL_CFG, whether with random weights, ratio, seed. The whole training set, ratio 1, has one subset."""
+    methods = [(model_cfg, False) for model_cfg in args.model_cfgs]
+    if args.random_weights:
+        methods.append((args.model_cfgs[0], True))
+    for model_cfg, random in methods:
+        for ratio in args.ratios:
+            for seed in args.seeds if ratio < 1 else args.seeds[:1]:
+                yield model_cfg, random, ratio, seed
+
+
+def command(
+    args: argparse.Namespace, model_cfg: str, random: bool, ratio: float, seed: int, script_options: list[str]
+) -> list[str]:
+    """The command line of one evaluation."""
+    full = [sys.executable, str(SCRIPT), args.cfg, model_cfg, "--quiet", "--use-rest-classes"]
+    full += ["--few-shot-ratio", f"{ratio:g}"] + ["--random-weights"] * random + ["--resume"] * (not args.anew)
+    for change in [*args.set, f"few_shot_seed={seed}", *["resume=false"] * args.anew]:
+        full += ["--set", change]
+    for change in args.set_model:
+        full += ["--set-model", change]
+    return full + script_options
+
+
+if __name__ == "__main__":
+    run_script(main)
