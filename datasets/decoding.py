@@ -189,6 +189,18 @@ class VideoFile:
             clip.waveform = self._read_audio(audio_start, audio_seconds, clip.sample_rate)
         return clip
 
+    def frames(self) -> "Iterator[_Timed]":
+        """Every frame of the video as (time in seconds, PyAV's frame, not rotated), in the order of display.
+
+        Decoded from the file's first packet on, one frame at a time in memory. Iteration ends where the data do.
+
+        Raises:
+            DecodeError: there is no video stream that can be decoded.
+        """
+        self._require("video")
+        for run in self._runs("video", -math.inf):
+            yield from run
+
     # Opening
 
     def _check_regular_file(self) -> None:

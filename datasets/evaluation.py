@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from datasets import sampling
 from datasets.decoding import DecodeError, VideoFile
+from datasets.manifest import manifest_of, missing_of
 from datasets.preprocessing import draw_video_augmentation, no_video_augmentation
 from datasets.video_dataset import ClipRecipe, VideoList, cut_out, epoch_order, read_frames, video_span
 from utils.errors import UserError
@@ -22,12 +23,16 @@ MARGIN = 0.25  # seconds decoded before and after the clips of a pass, for the f
 
 
 def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, list[str]]:
-    """The videos of a list whose files are there, and the names of the others.
+    """The videos of a list whose files are there (in a prepared folder: by its manifest), and the names of the others.
 
     Raises:
         UserError: files are missing and `allow_missing` is False, or all are.
     """
-    missing = [i for i in range(len(videos)) if not videos.path(i).is_file()]
+    manifest = manifest_of(videos.root)
+    if manifest is None:
+        missing = [i for i in range(len(videos)) if not videos.path(i).is_file()]
+    else:
+        missing = missing_of(manifest, [videos.name(i) for i in range(len(videos))])
     names = [videos.name(i) for i in missing]
     if missing and (not allow_missing or len(missing) == len(videos)):
         first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
@@ -194,11 +199,18 @@ class SharedBatches(Sampler):
 
 
 def data_fingerprint(*lists: VideoList) -> str:
-    """Says whether two evaluations mean the same files: names, labels, sizes and times of change."""
+    """Says whether two evaluations mean the same files: names, labels, sizes and times of change.
+
+    In a prepared folder the manifest's fingerprints stand for sizes and times.
+    """
     digest = hashlib.sha256()
     for videos in lists:
         digest.update(f"{videos.fingerprint} {videos.classes} {videos.labels.tolist()}".encode())
+        manifest = manifest_of(videos.root)
         for i in range(len(videos)):
-            status = videos.path(i).stat()
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            if manifest is None:
+                status = videos.path(i).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            else:
+                digest.update(manifest.sources[videos.name(i)].encode())
     return digest.hexdigest()[:16]

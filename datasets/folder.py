@@ -4,6 +4,7 @@ import csv
 import os
 from pathlib import Path
 
+from datasets.manifest import manifest_of
 from datasets.video_dataset import VideoList
 from utils.errors import UserError
 
@@ -22,7 +23,8 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         raise UserError(f"dataset split {split!r}: a folder has train, test, all")
     if split != "all" and every is None:
         raise UserError(f"dataset split {split!r}: set dataset.holdout_every (such as 5), or use split all")
-    names = sorted(_find(root))
+    manifest = manifest_of(root)
+    names = sorted(find(root)) if manifest is None else sorted(manifest.paths)
     if split != "all":
         names = [name for i, name in enumerate(names) if (i % every == 0) == (split == "test")]
     if not names:
@@ -31,7 +33,8 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     return VideoList(root, names, labels, classes)
 
 
-def _find(root: Path) -> list[str]:
+def find(root: Path) -> list[str]:
+    """The videos anywhere below a folder, as paths relative to it. UserError where there is no such folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
     found = []

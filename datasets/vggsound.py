@@ -5,6 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from datasets.manifest import manifest_of
 from datasets.video_dataset import VideoList
 from utils.errors import UserError
 
@@ -27,15 +28,23 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     folder = root / folders[split]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {HELP}")
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
+    names = _names(root, folders[split])
     clips = {name: parse_name(name) for name in names}
     if split == "train_subset":
         names = _subset(names, clips, dataset["list"])
     if not names:
         raise UserError(f"{folder}: holds no video to use; {HELP}")
-    labels, classes = _labels(root / "vggsound.csv", [clips[name] for name in names])
+    labels, classes = read_labels(root / "vggsound.csv", [clips[name] for name in names])
     return VideoList(root, [f"{folders[split]}/{name}" for name in names], labels, classes)
+
+
+def _names(root: Path, folder: str) -> list[str]:
+    """Names of the files of a folder: from the manifest, else from the disk."""
+    manifest = manifest_of(root)
+    if manifest is not None:
+        return sorted(path.removeprefix(f"{folder}/") for path in manifest.paths if path.startswith(f"{folder}/"))
+    with os.scandir(root / folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
 
 
 def parse_name(name: str) -> Clip:
@@ -63,7 +72,8 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
     return kept
 
 
-def _labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[str]]:
+def read_labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[str]]:
+    """The label of each clip by vggsound.csv, -1 where it has none, and the classes; None without the file."""
     if not file.is_file():
         return None, []
     with file.open(newline="", encoding="utf-8") as lines:

@@ -135,7 +135,7 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     benchmarks = sorted({(row["dataset"], row["benchmark"]) for row in rows})
     methods = sorted({row["method"] for row in rows} - {RANDOM})
     colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
-    figure = Figure(figsize=(11, 4.2 * len(benchmarks)), layout="constrained")
+    figure = Figure(figsize=(10.8, 4.1 * len(benchmarks)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False)
     for line, benchmark in zip(axes, benchmarks, strict=True):

@@ -1,0 +1,62 @@
+"""A picture of random clips of a folder, with their sound: what a person looks at before training for a week."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasets.decoding import DecodeError, VideoFile
+
+FRAMES = 4
+SAMPLE_RATE = 4000  # Hz, enough to draw
+SECONDS = 12.0  # of a video, at most
+
+
+def draw_contact_sheet(
+    root: str | Path, names: Sequence[str], file: str | Path, count: int = 12, seed: int = 0
+) -> None:
+    """Draw `count` random videos: four frames over their length, the waveform below, and what could not be read."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = sorted(names)
+    chosen = np.random.default_rng(seed).permutation(len(names))[:count]
+    rows = -(-len(chosen) // 2)
+    figure = Figure(figsize=(13, 2.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    cells = figure.subfigures(rows, 2, squeeze=False).flat
+    for cell, i in zip(cells, sorted(chosen.tolist()), strict=False):
+        pictures, sound = cell.subplots(2, 1, height_ratios=(2.4, 1))
+        pictures.set_title(names[i], fontsize=8)
+        try:
+            frames, waveform, seconds = _look(Path(root) / names[i])
+        except DecodeError as error:
+            pictures.text(0.5, 0.5, str(error)[-80:], ha="center", fontsize=7)
+            frames, waveform, seconds = None, np.empty(0), 0.0
+        if frames is not None:
+            pictures.imshow(np.concatenate(list(frames), axis=1))
+        if len(waveform):
+            sound.plot(np.linspace(0, seconds, len(waveform)), waveform, lw=0.4)
+            sound.set(ylim=(-1, 1), xlim=(0, seconds), yticks=[])
+            sound.tick_params(labelsize=7)
+        else:
+            sound.text(0.5, 0.4, "no sound", ha="center", fontsize=8, transform=sound.transAxes)
+            sound.axis("off")
+        pictures.axis("off")
+    figure.savefig(file, dpi=90)
+
+
+def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    with VideoFile(path) as video:
+        info = video.info.video
+        seconds = min(info.duration or SECONDS, SECONDS)
+        starts = info.start + (np.arange(FRAMES) + 0.5) * seconds / FRAMES
+        fps = info.fps or 25.0
+        frames = [video.read(video_start=start, video_seconds=1 / fps, fps=fps).frames[0] for start in starts]
+        sound = np.empty(0)
+        if video.info.audio is not None:
+            try:
+                sound = video.read(audio_start=info.start, audio_seconds=seconds, sample_rate=SAMPLE_RATE).waveform
+            except DecodeError:
+                pass  # the manifest calls it broken; the picture shows no sound
+    return np.stack(frames), sound, seconds

@@ -1,0 +1,208 @@
+"""Raw downloads -> training-ready files and a manifest.
+
+    python3 -m datasets.prepare vggsound --root RAW --out PREPARED --workers 16
+    python3 -m datasets.prepare ucf101 --root RAW --out PREPARED --shard 3/8     # one of eight jobs, shared disk
+    python3 -m datasets.prepare vggsound --root RAW --check                      # only look, and report
+
+PREPARED is laid out as RAW and its files have the same names, also where these end in .avi (readers go by content), so
+every configuration works on either. Killed, the command goes on where it was: what is finished is skipped as long as
+the raw file (size, time of change) and the options are the same. A video that cannot be prepared costs itself alone,
+also when it crashes the decoder or holds it for longer than `--time-limit`; its line in manifest.csv says why.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets import folder, vggsound
+from datasets.contact_sheet import draw_contact_sheet
+from datasets.manifest import FILE, append_rows, read_rows, write_rows
+from datasets.transcode import Facts
+from datasets.work_pool import run_jobs
+from utils.cli import run_script
+from utils.errors import UserError
+
+LISTS = {  # what belongs to a data set beside its videos
+    "vggsound": ("vggsound.csv",),
+    "ucf101": ("ucfTrainTestlist",),
+    "hmdb51": ("splits", "testTrainMulti_7030_splits"),
+    "folder": ("*.csv",),
+}
+PART = "manifest-part-{}-of-{}.csv"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=LISTS)
+    parser.add_argument("--root", required=True, metavar="RAW", help="the data set as downloaded; only read")
+    parser.add_argument("--out", metavar="PREPARED", help="where the prepared data set goes")
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes; default: one a core")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="prepare the I-th of N parts")
+    parser.add_argument("--short-side", type=int, default=256, metavar="PX", help="at most; default: %(default)s")
+    parser.add_argument("--fps", default="keep", help="frames a second, or keep (default)")
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds a video")
+    parser.add_argument("--check", action="store_true", help="write no videos: look at RAW, and report")
+    args = parser.parse_args()
+    prepare(args)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Prepare what is missing of one shard, merge the parts that are there, and sum up."""
+    raw, out = Path(args.root), Path(args.out) if args.out else None
+    shard, shards = _shard(args.shard)
+    fps = None if args.fps == "keep" else _positive(args.fps)
+    if not raw.is_dir():
+        raise UserError(f"--root {raw}: no such folder")
+    if (out is None) != args.check:
+        raise UserError("give --out PREPARED, or --check to write nothing but a report")
+    if out is not None and out.resolve() == raw.resolve():
+        raise UserError(f"--out {out}: is the raw folder, which is only read; give another")
+    names = sorted(find_videos(args.dataset, raw))
+    if not names:
+        raise UserError(f"--root {raw}: no video found for {args.dataset}; looked for {' '.join(folder.ENDINGS)}")
+    report = out or Path.cwd() / f"check-{raw.resolve().name}"
+    report.mkdir(parents=True, exist_ok=True)
+    part = report / (PART.format(shard, shards) if shards > 1 else FILE)
+    recipe = "check" if args.check else f"{args.short_side} {args.fps}"
+    prints = {name: fingerprint(raw / name, recipe) for name in names[shard - 1 :: shards]}
+    known = {row["path"]: row for file in (report / FILE, part) for row in read_rows(file)}
+    rows = {name: known[name] for name in prints if name in known and is_done(known[name], prints[name], out)}
+    if out is not None:
+        copy_lists(args.dataset, raw, out)
+
+    labels = label_of(args.dataset, raw, names)
+    todo = [name for name in prints if name not in rows]
+    print(f"{len(names)} videos below {raw}, shard {shard} of {shards}: {len(rows)} done before, {len(todo)} to do")
+    jobs = [(name, (raw / name, out and out / name, args.short_side, fps)) for name in todo]
+    write_rows(part, rows.values())
+    outcomes = run_jobs(jobs, args.workers, args.time_limit)
+    done = (row_of(name, labels[name], outcome, prints[name]) for name, outcome in outcomes)
+    for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
+        pass
+    rows = {row["path"]: row for row in read_rows(part)}
+    write_rows(part, rows.values())
+    if shards > 1:
+        merge_parts(report, shards, names)
+    summary = summarise(read_rows(report / FILE if (report / FILE).exists() else part))
+    (report / "summary.txt").write_text(summary)
+    print(summary, end="")
+    readable = [row for row in rows.values() if not row["error"]]
+    if readable:
+        draw_contact_sheet(out or raw, [row["path"] for row in readable], report / "contact-sheet.png")
+        print(f"manifest: {part}, pictures: {report / 'contact-sheet.png'}")
+
+
+def find_videos(dataset: str, raw: Path) -> Iterator[str]:
+    """Names below the root of the videos of a data set in its layout."""
+    tops = {
+        "vggsound": ("train", "test"),
+        "ucf101": ("videos", "UCF-101"),
+        "hmdb51": ("videos", "hmdb51_org"),
+        "folder": (".",),
+    }[dataset]
+    for top in tops:
+        if (raw / top).is_dir():
+            yield from (os.path.normpath(os.path.join(top, name)) for name in folder.find(raw / top))
+
+
+def fingerprint(file: Path, recipe: str) -> str:
+    """Says whether a prepared file is still that of this raw file and recipe."""
+    status = file.stat()
+    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {recipe}".encode()).hexdigest()[:16]
+
+
+def is_done(row: dict, source: str, out: Path | None) -> bool:
+    """Whether a line of a manifest still holds, and its file, if it should have one, is there."""
+    return row["source"] == source and (bool(row["error"]) or out is None or (out / row["path"]).is_file())
+
+
+def copy_lists(dataset: str, raw: Path, out: Path) -> None:
+    """Copy the lists and labels that belong to the data set."""
+    for pattern in LISTS[dataset]:
+        for source in raw.glob(pattern):
+            if source.is_dir():
+                shutil.copytree(source, out / source.name, dirs_exist_ok=True)
+            elif source.name != FILE:
+                out.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, out / source.name)
+
+
+def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:
+    """The label of each video, empty where there is none: VGGSound's from its CSV, the others' from the folder."""
+    if dataset == "vggsound":
+        clips = [vggsound.parse_name(Path(name).name) for name in names]
+        numbers, classes = vggsound.read_labels(raw / "vggsound.csv", clips)
+        found = [classes[number] if number >= 0 else "" for number in numbers or [-1] * len(names)]
+        return dict(zip(names, found, strict=True))
+    return {name: Path(name).parent.name if dataset != "folder" else "" for name in names}
+
+
+def row_of(name: str, label: str, outcome: Facts | str, source: str) -> dict:
+    """A line of the manifest: the facts, or the error."""
+    split = name.split(os.sep)[0] if name.split(os.sep)[0] in ("train", "test") else ""
+    row = {"path": name, "label": label, "split": split, "source": source, "error": ""}
+    if isinstance(outcome, str):
+        return row | {"error": outcome}
+    return row | dataclasses.asdict(outcome) | {"still": int(outcome.still)}
+
+
+def merge_parts(report: Path, shards: int, names: list[str]) -> None:
+    """Write the whole manifest once every video has a line in some part."""
+    rows = {
+        row["path"]: row for file in [report / FILE, *report.glob(PART.format("*", "*"))] for row in read_rows(file)
+    }
+    absent = [name for name in names if name not in rows]
+    if absent:
+        print(f"{len(absent)} of {len(names)} videos are in no part yet: run the other shards, then any one again")
+    else:
+        write_rows(report / FILE, (rows[name] for name in names))
+        print(f"{shards} shards merged: {report / FILE}")
+
+
+def summarise(rows: list[dict]) -> str:
+    """What there is and what was dropped and why, in words."""
+    good, bad = ([row for row in rows if bool(row["error"]) == failed] for failed in (False, True))
+    hours = sum(float(row["duration"]) for row in good) / 3600
+    lines = [f"{len(good)} videos, {hours:.2f} hours; {len(bad)} dropped"]
+    kinds = collections.Counter(row["audio"] for row in good)
+    lines.append("sound: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+    still = [row["path"] for row in good if row["still"] == "1"]
+    lines.append(
+        f"still pictures: {len(still)}" + (f" ({', '.join(still[:5])}{', ...' * (len(still) > 5)})" if still else "")
+    )
+    reasons = collections.Counter(row["error"].rpartition("found: ")[2] for row in bad)
+    lines += [f"dropped, {count}: {reason}" for reason, count in reasons.most_common(20)]
+    lines += [f"    {row['path']}: {row['error']}" for row in bad[:1000]]
+    return "\n".join(lines) + "\n"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    one, _, of = text.partition("/")
+    if not (one.isdecimal() and of.isdecimal() and 1 <= int(one) <= int(of)):
+        raise UserError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 3/8")
+    return int(one), int(of)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1000:
+        raise UserError(f"--fps {text}: expected keep, or frames a second above 0")
+    return value
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,123 @@
+"""Worker processes that may crash or hang: each costs the file it was at, not the run."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+
+from datasets.decoding import DecodeError
+from datasets.transcode import Facts, inspect, transcode
+from utils.errors import UserError
+
+Job = tuple[str, tuple]
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, time_limit: float) -> Iterator[tuple[str, Facts | str]]:
+    """Do jobs, (name, arguments of `do_job`), and give (name, facts or why there are none) as they end, in any order.
+
+    A worker that dies, or is at one job for more than `time_limit` seconds, is replaced; the job's outcome says so.
+
+    Raises:
+        UserError: nothing can be written.
+    """
+    todo = list(reversed(jobs))
+    pool = [_Worker() for _ in range(min(workers, len(jobs)))]
+    try:
+        while True:
+            for worker in pool:
+                if worker.name is None and todo:
+                    worker.give(*todo.pop())
+            busy = [worker for worker in pool if worker.name is not None]
+            if not busy:
+                return
+            soonest = min(worker.since for worker in busy) + time_limit
+            wait([worker.pipe for worker in busy], timeout=max(0.0, soonest - time.monotonic()))
+            for i, worker in enumerate(pool):
+                if worker.name is None:
+                    continue
+                name, outcome = worker.name, worker.outcome(time_limit)
+                if isinstance(outcome, UserError):
+                    raise outcome
+                if outcome is not None:
+                    if not worker.alive:
+                        pool[i] = _Worker()
+                    yield name, outcome
+    finally:
+        for worker in pool:
+            worker.kill()
+
+
+def do_job(source: object, target: object, short_side: int, fps: float | None) -> Facts | str | UserError:
+    """Prepare one video, or without a target only look at it; the facts, or what is wrong with it in words.
+
+    A UserError is what stops the run, such as a full disk.
+    """
+    try:
+        if target is None:
+            return inspect(source)
+        return transcode(source, target, short_side=short_side, fps=fps)
+    except DecodeError as error:
+        return str(error)
+    except UserError as error:
+        return error
+
+
+class _Worker:
+    """A process that does one job at a time."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.name, self.since, self.alive = None, 0.0, True
+
+    def give(self, name: str, arguments: tuple) -> None:
+        """Start a job."""
+        self.name, self.since = name, time.monotonic()
+        self.pipe.send(arguments)
+
+    def outcome(self, time_limit: float) -> Facts | str | UserError | None:
+        """What became of the job; None while it goes on."""
+        try:
+            if self.pipe.poll():
+                result, self.name = self.pipe.recv(), None
+                return result
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode
+            return self._end(f"the decoder crashed (exit status {code})")
+        if time.monotonic() - self.since > time_limit:
+            return self._end(f"not done within {time_limit:g} s")
+        return None
+
+    def _end(self, reason: str) -> str:
+        name = self.name
+        self.kill()
+        return f"{name}: asked for: all of it; found: {reason}"
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        self.name, self.alive = None, False
+
+
+def _serve(pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(do_job(*arguments))
+
+
+def _end_with_parent() -> None:
+    """A killed run must not leave workers behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,196 @@
+"""`python3 -m datasets.prepare` as a user runs it: killed, run again, in shards, on files that crash the decoder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from datasets import build_videos
+from datasets.evaluation import data_fingerprint, present_videos
+from datasets.manifest import FILE, manifest_of, read_rows, write_rows
+from datasets.prepare import main
+from datasets.video_dataset import VideoList
+from datasets.work_pool import _Worker, run_jobs
+from tests import tiny
+from tests.tiny_evaluation import make_ucf
+from utils.errors import UserError
+
+CLIPS = ("train/a b(1)_000001.mp4", "train/--x_000002.mp4", "train/#y&!_000003.mp4", "test/z_000004.mp4")
+
+
+@pytest.fixture
+def raw(make_video, tmp_path):
+    """A small VGGSound: four videos, one without sound, and one file that is no video."""
+    root = tmp_path / "raw"
+    for i, name in enumerate(CLIPS):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        make_video(root / name, seconds=1.0, audio_rate=16000 if i else None)
+    (root / "train/bad_000009.mp4").write_text("no video")
+    (root / "vggsound.csv").write_text('--x,2,playing,train\n"#y&!",3,singing,train\n')
+    return root
+
+
+def prepare(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    main()
+
+
+def dataset(root, name="vggsound"):
+    return {"name": name, "root": str(root), "list": None, "holdout_every": None, "labels": None, "label_column": None}
+
+
+def test_a_prepared_folder_works_as_the_raw_one(raw, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", out, "--workers", 2)
+    rows = {row["path"]: row for row in read_rows(out / FILE)}
+    assert set(rows) == {*CLIPS, "train/bad_000009.mp4"}
+    assert rows[CLIPS[0]]["audio"] == "none" and rows[CLIPS[1]]["audio"] == "sound"
+    assert rows[CLIPS[1]]["label"] == "playing" and rows[CLIPS[1]]["split"] == "train"
+    assert "found:" in rows["train/bad_000009.mp4"]["error"]
+    summary = (out / "summary.txt").read_text()
+    assert "4 videos" in summary and "1 dropped" in summary and "bad_000009.mp4" in summary
+    assert (out / "contact-sheet.png").stat().st_size > 10_000
+    videos = build_videos(dataset(out), "train")
+    assert [videos.name(i) for i in range(len(videos))] == sorted(CLIPS[:3])  # without the bad one
+    (raw / "train/bad_000009.mp4").unlink()
+    assert videos.fingerprint == build_videos(dataset(raw), "train").fingerprint  # a run goes on from raw to prepared
+    assert list(videos.classes) == ["playing", "singing"]
+
+
+def test_what_is_finished_is_not_done_again(raw, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ("vggsound", "--root", raw, "--out", out, "--workers", 1)
+    prepare(monkeypatch, *arguments)
+    before = {name: (out / name).stat().st_mtime_ns for name in CLIPS}
+    (out / CLIPS[0]).unlink()  # lost
+    os.utime(raw / CLIPS[1], (1, 1))  # changed
+    prepare(monkeypatch, *arguments)
+    assert "3 done before, 2 to do" in capsys.readouterr().out
+    after = {name: (out / name).stat().st_mtime_ns for name in CLIPS}
+    assert [name for name in CLIPS if before[name] != after[name]] == list(CLIPS[:2])
+    prepare(monkeypatch, *arguments, "--short-side", 24)  # another recipe: all of it
+    assert {row["height"] for row in read_rows(out / FILE) if not row["error"]} == {"24"}
+
+
+def test_killed_and_run_again(make_video, tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for i in range(20):
+        make_video(raw / f"{i:02d}.mp4", seconds=1.0, size=(320, 240))
+    command = [sys.executable, "-m", "datasets.prepare", "folder", "--root", raw, "--out", out, "--workers", 1]
+    command = list(map(str, command))
+    started = subprocess.Popen(command, cwd=tiny.REPO, env=tiny.ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while len(read_rows(out / FILE)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    done = len(read_rows(out / FILE))
+    assert 5 <= done < 20
+    with (out / FILE).open("a") as file:
+        file.write("17.mp4,,,1.0,2")  # the half line of a killed run
+    ended = subprocess.run(command, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True, check=True)
+    assert f" {done} done before, {20 - done} to do" in ended.stdout
+    assert len(read_rows(out / FILE)) == 20
+    assert sorted(p.name for p in out.glob("*.mp4")) == [f"{i:02d}.mp4" for i in range(20)]
+
+
+def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", out, "--workers", 1, "--shard", "1/2")
+    assert not (out / FILE).exists()
+    assert "run the other shards" in capsys.readouterr().out
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", out, "--workers", 1, "--shard", "2/2")
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", whole, "--workers", 1)
+    strip = [{k: v for k, v in row.items() if k != "error"} for row in read_rows(out / FILE)]
+    assert strip == [{k: v for k, v in row.items() if k != "error"} for row in read_rows(whole / FILE)]
+
+
+def test_check_writes_no_video(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(monkeypatch, "vggsound", "--root", raw, "--check", "--workers", 1)
+    assert len(read_rows(tmp_path / "check-raw" / FILE)) == 5
+    assert not list((tmp_path / "check-raw").rglob("*.mp4"))
+
+
+def test_evaluation_lists_work_on_a_prepared_folder(make_video, tmp_path, monkeypatch):
+    raw = make_ucf(tmp_path / "raw", make_video)
+    out = tmp_path / "out"
+    broken = raw / "videos/HandstandPushups/v_HandstandPushups_g05_c01.mp4"
+    broken.write_bytes(broken.read_bytes()[:100])
+    prepare(monkeypatch, "ucf101", "--root", raw, "--out", out, "--workers", 1)
+    lists = [build_videos(dataset(root, "ucf101") | {"fold": 1}, "testlist01") for root in (raw, out)]
+    assert lists[0].fingerprint == lists[1].fingerprint
+    with pytest.raises(UserError, match="1 of the 6 videos of a list are missing"):
+        present_videos(lists[1], allow_missing=False)
+    present, missing = present_videos(lists[1], allow_missing=True)
+    assert (len(present), len(missing)) == (5, 1)
+    before = data_fingerprint(present)
+    rows = read_rows(out / FILE)
+    write_rows(out / FILE, [row | {"source": "another"} for row in rows])
+    os.utime(out / FILE, (2, 2))
+    assert data_fingerprint(present) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shard", "3/2"), "expected I/N"),
+        (("--fps", "none"), "expected keep"),
+        (("--check",), "or --check"),
+    ],
+)
+def test_mistakes(raw, tmp_path, monkeypatch, options, message):
+    with pytest.raises(UserError, match=message):
+        prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out", *options)
+
+
+def test_the_raw_folder_is_never_written_to(raw, monkeypatch):
+    with pytest.raises(UserError, match="only read"):
+        prepare(monkeypatch, "vggsound", "--root", raw, "--out", raw)
+
+
+def test_a_crash_and_a_hang_cost_one_file_each(make_video, tmp_path, monkeypatch):
+    """Real deaths: the worker that has the first file is killed as by a crash, the one with the second is stopped."""
+    sources = [make_video(tmp_path / f"{i}.mp4", seconds=8.0 if i < 2 else 0.5, size=(320, 240)) for i in range(4)]
+    given = _Worker.give
+
+    def give(worker, name, arguments):
+        given(worker, name, arguments)
+        if name in ("0", "1"):
+            os.kill(worker.process.pid, signal.SIGSEGV if name == "0" else signal.SIGSTOP)
+
+    monkeypatch.setattr(_Worker, "give", give)
+    jobs = [(str(i), (source, tmp_path / f"out{i}.mp4", 256, None)) for i, source in enumerate(sources)]
+    outcomes = dict(run_jobs(jobs, 2, time_limit=8.0))
+    assert "crashed (exit status -11)" in outcomes["0"]
+    assert "not done within 8 s" in outcomes["1"]
+    assert [outcomes[name].frames for name in "23"] == [12, 12]
+
+
+def test_a_manifest_is_read_again_when_it_changes(tmp_path):
+    row = dict.fromkeys(("label", "split"), "") | {"source": "s", "error": ""}
+    write_rows(tmp_path / FILE, [row | {"path": "a.mp4"}])
+    assert manifest_of(tmp_path).paths == ["a.mp4"]
+    write_rows(tmp_path / FILE, [row | {"path": name} for name in ("b.mp4", "a.mp4", "\udcff.mp4")])
+    assert manifest_of(tmp_path).paths == ["a.mp4", "b.mp4", "\udcff.mp4"]
+    assert manifest_of(tmp_path / "nowhere") is None
+    (tmp_path / FILE).write_text("x,y\n1,2\n")
+    with pytest.raises(UserError, match="expected the columns"):
+        manifest_of(tmp_path)
+
+
+def test_a_video_list_from_a_manifest_touches_no_file(tmp_path):
+    names = [f"train/v{i:05d}_000001.mp4" for i in range(500)]
+    row = {"source": "s", "error": ""}
+    write_rows(tmp_path / FILE, [row | {"path": name} for name in names])
+    (tmp_path / "train").mkdir()
+    videos = build_videos(dataset(tmp_path), "train")
+    assert isinstance(videos, VideoList) and len(videos) == 500
+    present, missing = present_videos(videos, allow_missing=False)
+    assert len(present) == 500 and not missing
+    assert len(np.unique(present.labels)) == 1

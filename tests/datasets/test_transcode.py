@@ -1,0 +1,132 @@
+"""One raw video -> one prepared file: the same pictures, sound and times, up to compression."""
+
+import numpy as np
+import pytest
+
+from datasets.decoding import DecodeError, VideoFile, read_clip
+from datasets.transcode import GOP, SAMPLE_RATE, inspect, prepared_size, transcode
+from utils.errors import UserError
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures, dB."""
+    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9)))
+
+
+def lag(a: np.ndarray, b: np.ndarray) -> int:
+    """By how many samples `b` is behind `a`, by the peak of their cross-correlation."""
+    return int(np.argmax(np.correlate(b, a, "full"))) - (len(a) - 1)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"bframes": 0, "gop": 250, "seconds": 3.0},
+        {"audio_start": 0.3, "video_start": 0.0},
+        {"audio_start": 0.0, "video_start": 0.4},
+        {"audio_start": 1.5, "video_start": 1.2},
+        {"vfr_times": [0.0, 0.04, 0.2, 0.21, 0.5, 0.9, 1.3, 1.31, 1.9]},
+        {"rotation": 90},
+        {"audio_rate": 44100, "layout": "stereo"},
+    ],
+)
+def test_same_pictures_sound_and_times(make_video, frame_index, tmp_path, made):
+    raw = make_video(tmp_path / "raw.mp4", **made)
+    facts = transcode(raw, tmp_path / "new.mp4")
+    old, new = read_clip(raw), read_clip(tmp_path / "new.mp4")
+    assert len(new.frames) == len(old.frames) == facts.frames
+    assert new.frames.shape == old.frames.shape  # small: not enlarged; a rotation is carried out
+    assert (facts.width, facts.height) == new.frames.shape[2:0:-1]
+    np.testing.assert_allclose(new.frame_times, old.frame_times - facts.shift, atol=1e-4)
+    assert min(new.frame_times[0], VideoFile(tmp_path / "new.mp4").info.audio.start) < 1e-3  # one stream starts at 0
+    assert psnr(old.frames, new.frames) > 30
+    start = max(VideoFile(raw).info.audio.start, old.frame_times[0]) + 0.2
+    sounds = [
+        read_clip(file, audio_start=start - shift, audio_seconds=0.5, sample_rate=SAMPLE_RATE).waveform
+        for file, shift in ((raw, 0.0), (tmp_path / "new.mp4", facts.shift))
+    ]
+    assert lag(*sounds) == 0
+    assert np.abs(sounds[0] - sounds[1]).max() < 1e-3
+
+
+def test_key_frames_are_close_and_nothing_refers_ahead(make_video, tmp_path):
+    import av
+
+    transcode(make_video(tmp_path / "raw.mp4", seconds=3.0, gop=250, bframes=3), tmp_path / "new.mp4")
+    with av.open(str(tmp_path / "new.mp4")) as file:
+        packets = [p for p in file.demux(video=0) if p.size]
+        assert file.streams.video[0].codec_context.name == "h264"
+        assert file.streams.audio[0].codec_context.name == "flac"
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    assert keys == list(range(0, len(packets), GOP))
+    assert all(packet.pts == packet.dts for packet in packets)
+
+
+def test_size_is_reduced_to_even_numbers():
+    assert prepared_size(1280, 720, 256) == (456, 256)
+    assert prepared_size(720, 1280, 256) == (256, 456)
+    assert prepared_size(320, 240, 256) == (320, 240)
+    assert prepared_size(321, 241, 256) == (320, 240)
+    assert prepared_size(1, 1, 256) == (2, 2)
+
+
+def test_another_frame_rate_takes_the_nearest_frames(make_video, frame_index, tmp_path):
+    raw = make_video(tmp_path / "raw.mp4", seconds=2.0, fps=25)
+    facts = transcode(raw, tmp_path / "new.mp4", fps=10.0)
+    new = read_clip(tmp_path / "new.mp4")
+    np.testing.assert_allclose(np.diff(new.frame_times), 0.1, atol=1e-4)
+    assert facts.frames == 20
+    shown = [frame_index(frame) for frame in new.frames]
+    assert shown == [int(np.ceil(i * 2.5 - 0.5)) for i in range(20)]  # of two equally near, the earlier
+
+
+def test_sound_is_told_apart(make_video, tmp_path):
+    kinds = {}
+    kinds["sound"] = inspect(make_video(tmp_path / "a.mp4"))
+    kinds["none"] = inspect(make_video(tmp_path / "b.mp4", audio_rate=None))
+    for kind, facts in kinds.items():
+        assert facts.audio == kind
+    assert -12 < kinds["sound"].loudness < -6  # a sine of amplitude 0.5
+    assert kinds["none"].loudness == -np.inf
+
+
+def test_a_still_picture_is_told_apart(make_video, tmp_path):
+    moving = make_video(tmp_path / "a.mp4")
+    assert not inspect(moving).still
+    still = make_video(tmp_path / "b.mp4", vfr_times=[0.0, 5.0])  # its second frame comes when all is over
+    with VideoFile(still) as file:
+        assert sum(1 for _ in file.frames()) == 2
+    one = make_video(tmp_path / "c.mp4", seconds=0.04)
+    assert inspect(one).still
+
+
+def test_what_cannot_be_read_leaves_nothing_behind(make_video, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    sound = make_video(tmp_path / "sound.mp4", video=False)
+    for source in (tmp_path / "text.mp4", sound, tmp_path / "absent.mp4"):
+        with pytest.raises(DecodeError, match=source.name):
+            transcode(source, tmp_path / "out" / "new.mp4")
+    assert not list((tmp_path / "out").glob("**/*"))
+
+
+def test_a_failing_disk_leaves_nothing_behind(make_video, tmp_path):
+    raw = make_video(tmp_path / "raw.mp4")
+    (tmp_path / "file").write_text("in the way of a folder")
+    with pytest.raises(UserError, match="could not be written"):
+        transcode(raw, tmp_path / "file" / "new.mp4")
+
+
+def test_real_clips(clips_root, tmp_path):
+    files = (
+        sorted(clips_root.glob("vggsound-clips/test/*.mp4"))[:1] + sorted(clips_root.glob("fixtures/hmdb51/*/*/*"))[:2]
+    )
+    for raw in files:
+        facts = transcode(raw, tmp_path / raw.name)
+        with VideoFile(raw) as file:
+            start = file.info.video.start + 0.503  # no moment lies half-way between two frames
+        old = read_clip(raw, video_start=start, video_seconds=0.5, fps=16)
+        new = read_clip(tmp_path / raw.name, video_start=start - facts.shift, video_seconds=0.5, fps=16)
+        np.testing.assert_allclose(new.frame_times, old.frame_times - facts.shift, atol=0.5 / facts.fps)
+        if old.frames.shape == new.frames.shape:
+            assert psnr(old.frames, new.frames) > 35
