@@ -20,13 +20,15 @@ from models import build_model
 from utils.bad_videos import BadVideos
 from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
+from utils.compiling import compiles
 from utils.config import load_config
-from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
+from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
 from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, percentages, stage, start_run
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
+from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
 
@@ -89,7 +91,9 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
-    net = wrap(model, cfg["compile"], device)
+    net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
+    if compiles(cfg["compile"], device):
+        prepare.video.compile(dynamic=False)
 
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
@@ -116,7 +120,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         batches.start_at(epoch, start_step)
         losses, indices = [], []
         clock.restart()
-        for i, batch in enumerate(clock.timed(loader), start_step * accumulate):
+        for i, batch in enumerate(clock.timed(prefetch(loader, device)), start_step * accumulate):
             step, part = divmod(i, accumulate)
             bad.record(batch)
             last_part = part == accumulate - 1
@@ -124,11 +128,10 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 video, audio = prepare(batch)
                 with precision.autocast():
                     video_emb, audio_emb = net(video, audio)
-                index = batch["index"].to(device, non_blocking=True)
-                loss = criterion(video_emb, audio_emb, index, epoch=epoch, q=q)
+                loss = criterion(video_emb, audio_emb, batch["index"], epoch=epoch, q=q)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})
-            clock.count(len(index) * world_size())
+            clock.count(len(batch["index"]) * world_size())
             losses.append(loss)
             indices.append(batch["index"])
             if not last_part:
@@ -148,7 +151,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 figures = averages.read() | {"lr": rate, "q": q, "grad_norm": grad_norm.item()} | clock.read()
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
-                if stopping or (checkpoints.due() and not last_step):
+                if stopping or (not last_step and any_rank(checkpoints.due())):
+                    criterion.assemble()
                     checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
                 if stopping:
                     stop.leave(f"epoch {epoch + 1}, step {step + 1}")
@@ -156,6 +160,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
         start_step, done = 0, epoch + 1
         if done % cfg["test_freq"] == 0 or done == num_epochs:
+            criterion.assemble()
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
         if monitor_every and (done % monitor_every == 0 or done == num_epochs):
             measure(done)

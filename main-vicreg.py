@@ -20,6 +20,7 @@ from models import build_model
 from utils.bad_videos import BadVideos
 from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
+from utils.compiling import compiles
 from utils.config import load_config
 from utils.distributed import broadcast_object, is_main, launch, synchronise_bn, world_size, wrap
 from utils.errors import UserError
@@ -27,6 +28,7 @@ from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_s
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
+from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
 
@@ -101,7 +103,9 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
-    net = wrap(model, cfg["compile"], device)
+    net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
+    if compiles(cfg["compile"], device):
+        prepare.video.compile(dynamic=False)
 
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
@@ -127,7 +131,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         batches.start_at(epoch, start_step)
         losses, indices = [], []
         clock.restart()
-        for i, batch in enumerate(clock.timed(loader), start_step * accumulate):
+        for i, batch in enumerate(clock.timed(prefetch(loader, device)), start_step * accumulate):
             step, part = divmod(i, accumulate)
             bad.record(batch)
             last_part = part == accumulate - 1

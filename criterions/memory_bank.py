@@ -10,6 +10,8 @@ from utils.distributed import gather, rank, world_size
 from utils.errors import UserError
 
 BUFFERS = {"video": "view1_mem", "audio": "view2_mem"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCK = 1 << 16  # rows that are drawn at once when a bank begins: a part of a large bank is made without the rest
 
 
 class MemoryBank(nn.Module):
@@ -20,17 +22,26 @@ class MemoryBank(nn.Module):
     checkpoints) loads and leaves it as it is. Draws are made for the whole batch, of which a rank takes its rows, so W
     processes with N rows each draw what one process with W * N rows does. Every rank must come with the same N.
 
+    With `dtype` bf16 the bank is half as large. All arithmetic stays in float32; a row is rounded when it is stored,
+    each number by at most 1 part in 512 (a cosine with it moves by some 0.0001 at D = 128), and an update is
+    lost in the rounding where the new vector's share is below some 0.2% (momentum above 0.998).
+
     Args:
         num_instances: training videos, at least 2.
         embedding_dim: D.
         seed: of the first vectors and of all draws; the same on every rank.
+        dtype: `fp32` or `bf16`, how rows are stored.
 
     Raises:
-        UserError: fewer than 2 instances.
+        UserError: fewer than 2 instances, or an unknown `dtype`.
     """
 
-    def __init__(self, num_instances: int, embedding_dim: int, seed: int = 0) -> None:
+    sharded = False
+
+    def __init__(self, num_instances: int, embedding_dim: int, seed: int = 0, dtype: str = "fp32") -> None:
         super().__init__()
+        if dtype not in DTYPES:
+            raise UserError(f"loss.args.bank_dtype: unknown {dtype!r}; use {', '.join(DTYPES)}")
         if num_instances < 2:
             raise UserError(
                 f"memory bank: num_instances: expected at least 2 (a query and a negative), found {num_instances}; "
@@ -39,19 +50,28 @@ class MemoryBank(nn.Module):
         self.num_instances = num_instances
         self.seed = seed
         self._draws = {"train": 0, "eval": 0}
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same vectors whatever the device
+        self.start, self.stop = self._range()
         for name in BUFFERS.values():
-            rows = torch.randn(num_instances, embedding_dim, generator=generator)
-            self.register_buffer(name, F.normalize(rows, dim=1))
+            self.register_buffer(name, torch.empty(self.stop - self.start, embedding_dim, dtype=DTYPES[dtype]))
+        self._begin()
         self.register_load_state_dict_pre_hook(_keep_missing_draws)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"{self.num_instances} instances, {self.view1_mem.shape[1]} dimensions"
+        size = sum(self.rows(name).nbytes for name in BUFFERS) / 1e6
+        return f"{self.num_instances} instances, {self.view1_mem.shape[1]} dimensions, {size:.1f} MB on this rank"
 
     def rows(self, bank: str) -> torch.Tensor:
-        """All vectors `(num_instances, D)` of the `'video'` or the `'audio'` bank."""
+        """All vectors `(num_instances, D)` of the `'video'` or the `'audio'` bank that are on this rank."""
         return getattr(self, BUFFERS[bank])
+
+    def own_rows(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The `video` and `audio` rows `(N, D)` of the instances `index` (N,)."""
+        return {bank: self.rows(bank)[index] for bank in BUFFERS}
+
+    def drawn_rows(self, bank: str, drawn: torch.Tensor) -> torch.Tensor:
+        """The rows `(N, K, D)` of what `sample_negatives` answered."""
+        return self.rows(bank)[drawn]
 
     def sample_negatives(self, index: torch.Tensor, k: int) -> torch.Tensor:
         """Draw `(N, k)` instances for the queries `index` (N,): uniform, with replacement, never the row's own."""
@@ -71,7 +91,8 @@ class MemoryBank(nn.Module):
                 "lower loss.args.N_hard"
             )
         rows = self.rows(bank)
-        similarity = emb.to(rows.dtype) @ rows.T
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        similarity = torch.cat([emb.to(exact) @ block.to(exact).T for block in rows.split(BLOCK)], dim=1)
         return similarity.scatter_(1, index[:, None], -torch.inf).topk(k, dim=1).indices
 
     @torch.no_grad()
@@ -85,15 +106,16 @@ class MemoryBank(nn.Module):
         al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), NeurIPS 2020.
         """
         hard = self.sample_hard_negatives(emb, index, num_hard, bank)
-        rows, generator, n = self.rows(bank), self._generator(), len(index)
+        exact = torch.promote_types(self.rows(bank).dtype, torch.float32)
+        rows, generator, n = self.rows(bank)[hard].to(exact), self._generator(), len(index)  # (N, num_hard, D)
         one = self._draw_int(generator, num_hard, n, s)
         step = 1 + self._draw_int(generator, max(1, num_hard - 1), n, s)
         other = (one + step) % num_hard  # never the same row twice, where there are two
         coefficient = self._draw_uniform(generator, n, s)
-        pairs = torch.lerp(rows[hard.gather(1, other)], rows[hard.gather(1, one)], coefficient)
+        pairs = torch.lerp(_pick(rows, other), _pick(rows, one), coefficient)
         one = self._draw_int(generator, num_hard, n, s_prime)
         share = 0.5 * self._draw_uniform(generator, n, s_prime)
-        with_query = torch.lerp(rows[hard.gather(1, one)], emb[:, None].to(rows.dtype), share)
+        with_query = torch.lerp(_pick(rows, one), emb[:, None].to(exact), share)
         return F.normalize(torch.cat([pairs, with_query], dim=1), dim=-1)
 
     @torch.no_grad()
@@ -104,14 +126,18 @@ class MemoryBank(nn.Module):
         stays as it is. Free of host syncs.
         """
         index = gather(index)
+        place, owned = self._places(index)
         same = (index[:, None] == index).double()  # float64: the average does not depend on the order, nor on TF32
-        first = same.argmax(dim=1)  # duplicates write the very same bits, so that it does not matter who writes last
+        # Who stands for whom: duplicates write the very same bits, so that it does not matter who writes last, and what
+        # is not on this rank writes what the first that is here does (or, where none is, an old row).
+        writer = torch.where(owned, same.argmax(dim=1), owned.int().argmax())
         for bank, emb in (("video", video_emb), ("audio", audio_emb)):
             rows = self.rows(bank)
-            new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(rows.dtype)
-            mixed = F.normalize(momentum * rows[index] + (1 - momentum) * new, dim=1)
-            mixed = torch.where(mixed.isfinite().all(dim=1, keepdim=True), mixed, rows[index])
-            rows.index_copy_(0, index, mixed[first])
+            old = rows[place].to(torch.promote_types(rows.dtype, torch.float32))
+            new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(old.dtype)
+            mixed = F.normalize(momentum * old + (1 - momentum) * new, dim=1)
+            good = mixed.isfinite().all(dim=1, keepdim=True) & owned[:, None]
+            rows.index_copy_(0, place[writer], torch.where(good, mixed, old)[writer].to(rows.dtype))
 
     def get_extra_state(self) -> torch.Tensor:
         """The number of draws made in training and in eval mode, for the state dict."""
@@ -121,12 +147,30 @@ class MemoryBank(nn.Module):
         """Go on from the numbers of draws in a state dict."""
         self._draws["train"], self._draws["eval"] = state.tolist()
 
-    def _generator(self) -> torch.Generator:
+    def _range(self) -> tuple[int, int]:
+        """The instances from the first to before the last whose rows are on this rank."""
+        return 0, self.num_instances
+
+    def _places(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the rows of instances `index` lie in this rank's buffers, and which of them are there at all."""
+        return index, torch.ones_like(index, dtype=torch.bool)
+
+    def _begin(self) -> None:
+        """Fill this rank's rows with random unit vectors, drawn on the CPU: the same on any device and rank."""
+        for low in range(self.start - self.start % BLOCK, self.stop, BLOCK):
+            generator = torch.Generator().manual_seed(_seed(self.seed, "block", low) if low else self.seed)
+            high = min(low + BLOCK, self.num_instances)
+            start, stop = max(low, self.start), min(high, self.stop)
+            for bank in BUFFERS:
+                rows = F.normalize(torch.randn(high - low, self.rows(bank).shape[1], generator=generator), dim=1)
+                self.rows(bank)[start - self.start : stop - self.start] = rows[start - low : stop - low]
+
+    def _generator(self, *more: object) -> torch.Generator:
         """A generator for the next draw. Seeded on the host: a step costs no sync, and the state is one number."""
         mode = "train" if self.training else "eval"
-        digest = hashlib.blake2b(f"{self.seed} {mode} {self._draws[mode]}".encode(), digest_size=7).digest()
+        seed = _seed(self.seed, mode, self._draws[mode], *more)
         self._draws[mode] += 1
-        return torch.Generator(self.view1_mem.device).manual_seed(int.from_bytes(digest, "big"))
+        return torch.Generator(self.view1_mem.device).manual_seed(seed)
 
     def _draw_int(self, generator: torch.Generator, high: int, n: int, k: int) -> torch.Tensor:
         """This rank's (n, k) whole numbers in [0, high), of those drawn for the whole batch."""
@@ -137,7 +181,17 @@ class MemoryBank(nn.Module):
     def _draw_uniform(self, generator: torch.Generator, n: int, k: int) -> torch.Tensor:
         """This rank's (n, k, 1) numbers in [0, 1), of those drawn for the whole batch."""
         draws = torch.rand(world_size() * n, k, 1, generator=generator, device=generator.device)
-        return draws[rank() * n : (rank() + 1) * n].to(self.view1_mem.dtype)
+        return draws[rank() * n : (rank() + 1) * n].to(torch.promote_types(self.view1_mem.dtype, torch.float32))
+
+
+def _pick(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Of rows (N, H, D) the (N, s, D) that `which` (N, s) names for each query."""
+    return rows.gather(1, which[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def _seed(*words: object) -> int:
+    digest = hashlib.blake2b(" ".join(map(str, words)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _keep_missing_draws(bank: MemoryBank, state_dict: dict, prefix: str, *_: object) -> None:

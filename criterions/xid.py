@@ -10,8 +10,9 @@ from torch import nn
 
 from criterions.memory_bank import MemoryBank
 from criterions.rince import RINCE
+from criterions.sharded_bank import ShardedMemoryBank
 from criterions.stats import spread
-from utils.distributed import gather, gather_with_grad
+from utils.distributed import gather, gather_with_grad, is_main
 from utils.errors import UserError
 
 
@@ -46,9 +47,12 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         seed: of the bank's first vectors and of the negatives; the same on every rank.
         live_targets: True: the positive is the clip's own embedding of the other modality in place of its bank row, and
             the other clips of the batch over all ranks join the negatives, so that gradients reach both networks.
+        bank_dtype: `fp32` or `bf16`, how the bank's rows are stored; all arithmetic is in float32.
+        bank_shards: True: each rank holds a part of the bank and draws its negatives from that (`ShardedMemoryBank`).
 
     Raises:
-        UserError: fewer than 2 instances, `N_hard` not below `num_instances`, or `q` or `lam` out of range.
+        UserError: fewer than 2 instances, `N_hard` not below `num_instances`, `q` or `lam` out of range, an unknown
+            `bank_dtype`, or `bank_shards` with hard negatives or fewer than two rows a rank.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         num_epochs: int | None = None,
         seed: int = 0,
         live_targets: bool = False,
+        bank_dtype: str = "fp32",
+        bank_shards: bool = False,
     ) -> None:
         super().__init__()
         if N_hard and N_hard >= num_instances:
@@ -79,12 +85,18 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         self.momentum = momentum
         self.hard_neg_epoch = hard_neg_epoch
         self.hard = (N_hard, s, s_prime) if N_hard and s + s_prime > 0 else None
+        if self.hard is not None and bank_shards:
+            raise UserError(
+                f"loss.args.bank_shards: true does not go with N_hard: {N_hard}: the nearest rows would have to be "
+                "sought on every rank; set N_hard: null, or bank_shards: false"
+            )
         self.temperature = temperature
         self.q_max = q_max
         self.num_epochs = num_epochs
         self.live_targets = live_targets
         self.rince = RINCE(q, lam)
-        self.nce_average = MemoryBank(num_instances, embedding_dim, seed)  # the name in published checkpoints
+        bank = ShardedMemoryBank if bank_shards else MemoryBank
+        self.nce_average = bank(num_instances, embedding_dim, seed, bank_dtype)  # the name in published checkpoints
         self.stats: dict[str, torch.Tensor] = {}
 
     def q_at(self, epoch: int) -> float:
@@ -110,12 +122,12 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         """
         q = self.q_at(epoch) if q is None else q
         bank = self.nce_average
-        dtype = torch.promote_types(video_emb.dtype, bank.view1_mem.dtype)
+        dtype = torch.promote_types(torch.promote_types(video_emb.dtype, bank.view1_mem.dtype), torch.float32)
         with torch.autocast(video_emb.device.type, enabled=False):
             video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
-            negatives = bank.sample_negatives(index, self.num_negatives)
-            v2a = self._cosines(video, index, negatives, "audio", epoch)
-            a2v = self._cosines(audio, index, negatives, "video", epoch)
+            negatives, own = bank.sample_negatives(index, self.num_negatives), bank.own_rows(index)
+            v2a = self._cosines(video, index, own["audio"], negatives, "audio", epoch)
+            a2v = self._cosines(audio, index, own["video"], negatives, "video", epoch)
             if self.live_targets:
                 v2a, a2v = _with_batch(video, audio, index, v2a), _with_batch(audio, video, index, a2v)
             losses = [self.rince(pos / self.temperature, neg / self.temperature, q) for pos, neg in (v2a, a2v)]
@@ -130,17 +142,27 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
         For a bank that starts from the untrained network's embeddings. Every rank must come with the same N.
         """
-        dtype = self.nce_average.view1_mem.dtype
+        dtype = torch.promote_types(self.nce_average.view1_mem.dtype, torch.float32)
         video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
         self.nce_average.update(index, video, audio, momentum=0.0)
 
+    def assemble(self) -> None:
+        """Before rank 0 saves, every rank calls this: the others hand it their parts of a bank in shards."""
+        if self.nce_average.sharded and not is_main():
+            self.state_dict()
+
     def _cosines(
-        self, query: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor, target: str, epoch: int
+        self,
+        query: torch.Tensor,
+        index: torch.Tensor,
+        own: torch.Tensor,
+        negatives: torch.Tensor,
+        target: str,
+        epoch: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines of unit queries (N, D) with their own row (N, 1) and with random, then hard negatives (N, K)."""
-        rows = self.nce_average.rows(target)
-        positive = _dot(query, rows[index][:, None])
-        negative = _dot(query, rows[negatives])
+        positive = _dot(query, own[:, None])
+        negative = _dot(query, self.nce_average.drawn_rows(target, negatives))
         if self.hard is not None and epoch >= self.hard_neg_epoch:
             mixed = self.nce_average.synthetic_negatives(query, index, target, *self.hard)
             negative = torch.cat([negative, _dot(query, mixed)], dim=1)

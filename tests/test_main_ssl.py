@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import ENV, TORCHRUN, command, differences, run, write_config
 from utils import checkpoint
@@ -180,3 +181,18 @@ def test_weights_and_bank_of_another_run(config):
     assert f"weights from {stored}" in output and f"memory bank from {stored}" in output
     error = run(config("third", model__args__checkpoint=stored, model__args__proj_dim=[32, 16]), status=2).stderr
     assert "video_proj.projection" in error and "does not fit AVWrapper" in error and error.count("\n") == 1
+
+
+def test_a_bank_in_shards_is_saved_whole_and_goes_on_in_one_process(config):
+    shards = {"loss__args__bank_shards": True, "loss__args__bank_dtype": "bf16", "gradient_compression": "bf16"}
+    file = config("shards", **shards)
+    output = run(file, "--multiprocessing-distributed", "--nproc", 2).stdout
+    assert "8 instances, 16 dimensions" in output and "rows 0 to 3 of rank 0" in output
+    state = final(config.folder("shards"))
+    rows = state["train_criterion"]["nce_average.view2_mem"]
+    assert rows.shape == (8, 16) and rows.dtype == torch.bfloat16
+    torch.testing.assert_close(rows.float().norm(dim=1), torch.ones(8), rtol=0, atol=0.01)
+    alone = run(file).stdout
+    assert "it ran on 2 processes, now 1" in alone and "2 epochs done" in alone
+    error = run(config("hard", loss__args__bank_shards=True, loss__args__N_hard=3), status=2).stderr
+    assert "bank_shards: true does not go with N_hard: 3" in error and error.count("\n") == 1

@@ -153,10 +153,13 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
 
 def _changes(stored: Mapping, now: Mapping) -> list[str]:
     stored, now = flatten(stored), flatten(now)
+    new = [key for key in now if key not in stored and not key.startswith(FREE_TO_CHANGE)]
+    if stored and new:  # a newer version's keys are no reason to lose a run
+        log.info("the checkpoint was saved before these keys existed: %s", _few([f"{key} {now[key]}" for key in new]))
     return [
-        f"{key} was {stored.get(key)!r}, is {now.get(key)!r}"
-        for key in stored | now
-        if stored.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        f"{key} was {value!r}, is {now.get(key)!r}"
+        for key, value in stored.items()
+        if value != now.get(key) and not key.startswith(FREE_TO_CHANGE)
     ]
 
 

@@ -172,6 +172,8 @@ LOSS_ARGS = {
         "s": _at_least_0(int, 512),
         "s_prime": _at_least_0(int, 128),
         "live_targets": _flag(False),  # positives, and more negatives, from the batch itself
+        "bank_dtype": _one_of("fp32", "bf16", default="fp32"),  # how the bank's rows are stored
+        "bank_shards": _flag(False),  # spread the bank's rows over the ranks
         "checkpoint": _text(None, nullable=True),  # start from that run's bank
     },
     "VICLoss": {
@@ -192,6 +194,7 @@ PRETRAINING = {
     "monitor_every": _at_least_0(int, 0),  # held-out retrieval every so many epochs; 0: never
     "precision": _one_of("fp32", "tf32", "bf16", "fp16", default=None, nullable=True),  # null: bf16 on a GPU, else fp32
     "compile": _flag(None, nullable=True),  # null: on a GPU
+    "gradient_compression": _one_of("bf16", default=None, nullable=True),  # between processes; null: float32
     "accumulate": _positive(int, 1),  # parts that a batch is cut into, one forward and backward pass each
     "max_bad_fraction": _share(0.02),  # of an epoch's samples
     "skip_nonfinite": _at_least_0(int, 0),  # steps with a loss or gradient that is not finite to leave out

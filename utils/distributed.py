@@ -5,6 +5,7 @@ they answer for a single process.
 """
 
 import argparse
+import inspect
 import logging
 import os
 import re
@@ -19,13 +20,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.compiling import compiles
 from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
 
 log = logging.getLogger("avssrl")
 
 TIMEOUT = timedelta(minutes=30)  # of one collective call; rank 0 may be preparing data meanwhile
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters  # newer PyTorch has another name for the old one
+_FORWARD_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
 GRACE = 10.0  # seconds that the other processes of a node get to end by themselves, once more after SIGTERM
 
 
@@ -92,6 +97,15 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def all_to_all(x: torch.Tensor) -> torch.Tensor:
+    """Of `x` (W, ...) row r goes to rank r; row r of the answer (W, ...) came from rank r. Passes no gradient."""
+    if world_size() == 1:
+        return x.detach()
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.detach().contiguous())
+    return received
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank; every rank must call it. Hosts talk over gloo, no device is waited for."""
     if world_size() == 1:
@@ -128,18 +142,38 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def wrap(model: nn.Module, compiled: bool | None, device: torch.device) -> nn.Module:
+def wrap(
+    model: nn.Module,
+    compiled: bool | None,
+    device: torch.device,
+    compression: str | None = None,
+    static: bool = False,
+) -> nn.Module:
     """`model` as a training step calls it: compiled (None: on a GPU), and with several processes inside DDP.
 
-    The model itself is compiled in place, so its names stay as they are.
+    The model itself is compiled in place, so its names stay as they are. DDP does not broadcast BN's running statistics
+    before each step: those that count, in measuring and in checkpoints, are rank 0's in any case.
+
+    Args:
+        compiled: as `compiles` takes it.
+        compression: `bf16`: gradients travel between processes in half the bytes, and are summed in bf16.
+        static: every step runs the same graph and synchronises (no accumulation). Not used on a compiled model, whose
+            graph is cut along DDP's buckets, which rules it out.
     """
-    if device.type == "cuda" if compiled is None else compiled:
+    if compiled := compiles(compiled, device):
         model.compile()
     if world_size() == 1:
         return model
-    return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    net = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=static and not compiled,
+        **{_FORWARD_SYNC: False},
     )
+    if compression == "bf16":
+        net.register_comm_hook(None, bf16_compress_hook)
+    return net
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class NonFiniteGuard:
     """Stops a run whose loss or gradients are no longer finite, and says on which clips that happened.
 
     With several ranks the gradients are already averages, so that all ranks decide alike. Reading the verdict of a step
-    would make the host wait for the device; unless steps may be skipped, it is read one step later.
+    would make the host wait for the device; unless steps may be skipped, it is read one step later, from pinned memory
+    to which it was copied behind its own step: reading it from the device would wait for the step queued since, too.
 
     Args:
         folder: the run's.
@@ -62,7 +63,7 @@ class NonFiniteGuard:
     def __init__(self, folder: Path, name_of: Callable[[int], str], skips: int, scaled: bool) -> None:
         self.folder, self.name_of, self.skips, self.scaled = folder, name_of, skips, scaled
         self.skipped = 0
-        self._waiting: tuple[Tensor, dict] | None = None
+        self._waiting: tuple[_Verdict, dict] | None = None
 
     def admits(self, place: Mapping[str, int], losses: list[Tensor], norm: Tensor, terms: dict, index: list) -> bool:
         """Whether the optimizer may step.
@@ -86,7 +87,7 @@ class NonFiniteGuard:
         facts = {**place, "losses": numbers, "grad_norm": norm.detach(), "terms": dict(terms), "index": index}
         if not self.skips:
             self.check()
-            self._waiting = (bad, facts)
+            self._waiting = (_Verdict(bad), facts)
             return True
         if not bad.item():
             return True
@@ -101,8 +102,8 @@ class NonFiniteGuard:
         """Read the verdict of the last step, before anything is saved."""
         if self._waiting is None:
             return
-        (bad, facts), self._waiting = self._waiting, None
-        if bad.item():
+        (verdict, facts), self._waiting = self._waiting, None
+        if verdict.read():
             raise RunFailed(f"{_describe(facts)}; the last checkpoint is from before; see {self._save(facts)}")
 
     def state_dict(self) -> dict:
@@ -131,6 +132,22 @@ class NonFiniteGuard:
             temporary.write_text(json.dumps(report | {"ranks": ranks}, indent=1))
             os.replace(temporary, file)
         return file
+
+
+class _Verdict:
+    """A flag on its way to the host; reading waits for the work queued before it alone."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._host, self._copied = flag, None
+        if flag.is_cuda:
+            self._host = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._host)
 
 
 def _describe(facts: dict) -> str:

@@ -112,3 +112,16 @@ def test_a_lost_worker_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     assert lost_worker(error.value) == "DataLoader worker (pid 7) is killed by signal: Killed."
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 1
+
+
+def test_a_run_from_before_a_key_existed_goes_on(tmp_path, caplog):
+    now = {"resume": True, "save_every_minutes": 15.0, "seed": 0, "loss": {"args": {"q": 0.1, "bank_dtype": "fp32"}}}
+    then = {"resume": True, "save_every_minutes": 15.0, "seed": 0, "loss": {"args": {"q": 0.1}}}
+    state = {"epoch": 1, "step": 0, "world_size": 1, "videos": "list", "config": then}
+    checkpoint.save(tmp_path, state)
+    with caplog.at_level("INFO", logger="avssrl"):
+        assert checkpoint.RunCheckpoints(tmp_path, now, "list").latest()["epoch"] == 1
+    assert "loss.args.bank_dtype fp32" in caplog.text
+    checkpoint.save(tmp_path, state | {"config": then | {"seed": 1}})
+    with pytest.raises(UserError, match="seed was 1, is 0"):
+        checkpoint.RunCheckpoints(tmp_path, now, "list").latest()

@@ -1,0 +1,76 @@
+"""The loader's benchmark: the baseline reads the same clips, and the figures are those of this run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.transcode import transcode
+from datasets.video_dataset import ClipRecipe
+from tests import tiny
+from utils import benchmark
+from utils.benchmark_loader import Stopwatch, draw_clip, private_memory, read_ours, read_plain
+from utils.config import load_config
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(make_video, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    (folder / "raw").mkdir()
+    for i in range(6):
+        file = make_video(folder / "raw" / f"{i}.mp4", seconds=3.0, size=(160, 96), gop=250)
+        transcode(file, folder / "new" / file.name)
+    return folder, tiny.write_config(folder, folder / "raw")
+
+
+def test_the_baseline_reads_the_same_clip(folders):
+    folder, config = folders
+    recipe = ClipRecipe.from_config(load_config(config)["dataset"], augment=True)
+    for i in range(6):
+        clip = draw_clip(folder / "raw" / f"{i}.mp4", recipe, np.random.default_rng(i))
+        ours = read_ours(folder / "raw" / f"{i}.mp4", clip, recipe, Stopwatch())
+        plain = read_plain(folder / "raw" / f"{i}.mp4", clip, recipe, Stopwatch())
+        assert ours[0].shape == plain[0].shape == (1, *recipe.clip_shape)
+        assert (ours[0].float() - plain[0].float()).abs().mean() < 6  # the box is whole pixels in one, not in the other
+        assert torch.corrcoef(torch.cat([ours[1], plain[1]]))[0, 1] > 0.98
+
+
+def test_figures_of_a_run(folders, monkeypatch, tmp_path, capsys):
+    folder, config = folders
+    out = tmp_path / "figures.json"
+    command = ["benchmark", "loader", config, "--root", folder / "raw", "--prepared", folder / "new", "--clips", 2]
+    command += ["--workers", 1, "--json", out, "--png", tmp_path / "bars.png"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    benchmark.main()
+    found = json.loads(out.read_text())
+    assert [row["variant"] for row in found["clips"]] == ["plain, raw", "ours, raw", "ours, prepared"]
+    for row in found["clips"]:
+        assert row["clips_per_s"] > 0
+        assert sum(row["stages_ms"].values()) == pytest.approx(1000 / row["clips_per_s"], rel=0.2)
+        assert row["least"] <= row["median"] <= row["most"]
+    assert found["clips"][0]["ratio"] == 1.0
+    assert [e["workers"] for e in found["epochs"]] == [1, 1]
+    assert "ours, prepared" in capsys.readouterr().out
+    assert (tmp_path / "bars.png").stat().st_size > 5000
+
+
+def test_a_prepared_folder_that_is_not_whole(folders, monkeypatch):
+    folder, config = folders
+    command = ["benchmark", "loader", config, "--root", folder / "raw", "--prepared", folder, "--clips", 1]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    with pytest.raises(UserError, match="videos are not there"):
+        benchmark.main()
+
+
+def test_private_memory_grows_with_what_is_written():
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("private memory is read from Linux's /proc")
+    import os
+
+    before = private_memory(os.getpid())
+    block = np.ones(50_000_000, np.uint8)
+    assert private_memory(os.getpid()) - before > 40
+    assert block.sum() == 50_000_000

@@ -1,0 +1,37 @@
+"""python3 -m utils.benchmark scaling: real processes, and the bytes that they exchange."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from models import build_model
+from tests.tiny import ENV, REPO
+from utils.config import load_config
+
+
+def scaling(*words, status=0):
+    full = [sys.executable, "-m", "utils.benchmark", "scaling", *map(str, words)]
+    done = subprocess.run(full, capture_output=True, text=True, env=ENV, cwd=REPO, timeout=200)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_bytes_are_those_of_the_gradients_and_the_gathered_batch(tmp_path):
+    cfg, file = REPO / "configs/demo/vicreg.yaml", tmp_path / "a.json"
+    sizes = ("--procs", 1, 2, "--batch-size", 2, "--crop", 32, "--steps", 1, "--rounds", 1)
+    told = scaling(cfg, *sizes, "--set", "gradient_compression=bf16", "--json", file).stdout
+    assert "only the bytes mean something" in told
+    one, two = json.loads(file.read_text())["rows"]
+    assert one["wire"] == 0 and one["processes"] == 1 and two["processes"] == 2
+    parameters = sum(p.numel() for p in build_model(load_config(cfg)["model"]).parameters())
+    embeddings = 4 * 512 * 4  # of the whole batch, float32: gathered forward, their gradients summed backward
+    assert two["payload"]["allreduce"] == 2 * parameters + 2 * embeddings
+    assert two["payload"]["allgather"] == 2 * embeddings
+    assert two["wire"] == pytest.approx(two["payload"]["allreduce"] + two["payload"]["allgather"] / 2)
+
+
+def test_mistakes_end_in_one_line():
+    error = scaling(REPO / "configs/demo/vicreg.yaml", "--procs", 0, status=2).stderr
+    assert error.startswith("error: --procs [0]") and error.count("\n") == 1

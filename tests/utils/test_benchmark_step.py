@@ -1,0 +1,148 @@
+"""The forms of a training step that the benchmark compares are the same step; what it counts is what there is."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from criterions.memory_bank import MemoryBank
+from models.network_blocks import StemConv
+from models.video import R2Plus1d
+from tests.tiny import REPO
+from utils import benchmark
+from utils.benchmark_forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
+from utils.benchmark_tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
+from utils.config import load_config
+
+CPU = torch.device("cpu")
+SMALL = ("dataset.batch_size=4", "dataset.crop_size=32", "dataset.video_clip_duration=0.5", "loss.args.num_negatives=8")
+PLAIN = Form("plain", "fp32")
+OURS = replace(PLAIN, channels_last=True, in_2d=True, device_negatives=True)
+
+
+def config(method="xid"):
+    changes = SMALL if method == "xid" else SMALL[:-1]
+    return load_config(REPO / f"configs/demo/{method}.yaml", changes)
+
+
+def gradients_of(step, monkeypatch):
+    """Loss and gradients of a step, its negatives given."""
+    negatives = torch.arange(32).view(4, 8)
+    for bank in (MemoryBank, HostMemoryBank):
+        monkeypatch.setattr(bank, "sample_negatives", lambda self, index, k: negatives + 100)
+    loss = step.loss()
+    loss.backward()
+    return loss, {name: p.grad for name, p in step.model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["xid", "vicreg"])
+@pytest.mark.parametrize("form", [replace(PLAIN, channels_last=True), OURS], ids=["channels_last_3d", "2D"])
+def test_a_fast_form_is_the_plain_step(method, form, monkeypatch):
+    cfg = config(method)
+    batch = synthetic_batch(cfg, CPU)
+    plain, fast = Step(cfg, PLAIN, batch, CPU), Step(cfg, form, batch, CPU)
+    assert type(plain.model.video_model) is PlainR2Plus1d and type(plain.model.video_model.conv1[0]) is nn.Conv3d
+    assert (type(fast.model.video_model.conv1[0]) is StemConv) == form.in_2d
+    for step in (plain, fast):
+        step.model.double(), step.criterion.double(), step.prepare.double()
+    frames = batch["frames"].double()
+    for step in (plain, fast):  # float64: batches of four magnify rounding in BN until it looks like a difference
+        monkeypatch.setattr(step.prepare, "forward", lambda b: _in_float64(cfg, frames, b))
+    (loss, expected), (found_loss, found) = (gradients_of(step, monkeypatch) for step in (plain, fast))
+    torch.testing.assert_close(found_loss, loss, rtol=1e-9, atol=0)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-7 * gradient.abs().max().clamp_min(1e-6), name
+
+
+def _in_float64(cfg, frames, batch):
+    """A stand-in for the preprocessing: this test is about what comes after."""
+    spec = torch.randn(4, 1, cfg["dataset"]["spec_params"]["n_mels"], 62, generator=torch.Generator().manual_seed(1))
+    return (frames / 128 - 1).permute(0, 4, 1, 2, 3), spec.double()
+
+
+def test_forms_on_a_cpu_leave_out_what_means_nothing_there():
+    forms, left_out = forms_of(config(), CPU)
+    assert [form.in_2d for form in forms] == [False, False, True]
+    assert len(left_out) == 3 and all(": left out, " in line for line in left_out)
+    bf16 = load_config(REPO / "configs/demo/xid.yaml", ["precision=bf16"])
+    assert [form.precision for form in forms_of(bf16, CPU)[0]] == ["fp32", "bf16", "bf16", "bf16"]
+
+
+def test_a_step_trains_and_the_host_bank_draws_what_it_should():
+    cfg = config()
+    step = Step(cfg, PLAIN, synthetic_batch(cfg, CPU), CPU)
+    assert type(step.criterion.nce_average) is HostMemoryBank
+    before = [p.detach().clone() for p in step.model.parameters()]
+    losses = [step().item() for _ in range(2)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    index = torch.tensor([0, 5, 49_999])
+    drawn = step.criterion.nce_average.sample_negatives(index, 1000)
+    assert drawn.min() >= 0 and drawn.max() < 50_000 and not (drawn == index[:, None]).any()
+
+
+def test_counts():
+    a, b = torch.randn(2, 3, 4).unbind()
+    assert count_flops(lambda: a @ b.T) == 2 * 3 * 3 * 4
+    assert count_bytes(lambda: a + b) == 3 * a.nbytes
+    assert count_bytes(lambda: a.T.reshape(2, 6)) >= 2 * a.nbytes and count_bytes(lambda: a.T[1:]) == 0
+    order = []
+    timings = time_in_turns([lambda: order.append(0), lambda: order.append(1)], steps=3, rounds=2, device=CPU)
+    assert order == [0, 0, 1, 1] + [0, 0, 0, 1, 1, 1] * 2
+    assert [len(timing.rounds) for timing in timings] == [2, 2] and min(timings[0].rounds) > 0
+    assert matrix_ceiling(CPU, torch.float32, seconds=0) > 0
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, words)])
+    benchmark.main()
+
+
+def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsys):
+    sizes = ("--batch-size", 2, "--crop", 32, "--steps", 1, "--rounds", 2)
+    files = ("--json", tmp_path / "a.json", "--png", tmp_path / "a.png")
+    command(monkeypatch, "step", REPO / "configs/demo/xid.yaml", *sizes, *files, "--top-kernels", 3)
+    told, report = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert "batch 2, 8 x 32 x 32" in told and "torch.compile: left out" in told
+    rows = report["rows"]
+    assert len(rows) == 3 and len(report["kernels"]) == 3 and report["flops_a_step"] > 1e9
+    for row in rows:
+        assert row["clips_per_s"] == pytest.approx(2000 / row["ms"]) and len(row["ms_rounds"]) == 2
+        assert row["ratio"] == pytest.approx(rows[0]["ms"] / row["ms"]) and row["gb_moved"] > 0.1
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    command(monkeypatch, "inference", REPO / "configs/demo/linear.yaml", *sizes, "--depth", 10, *files)
+    backbone = json.loads((tmp_path / "a.json").read_text())
+    assert backbone["flops_a_step"] < report["flops_a_step"] / 2 and "R(2+1)D-10" in capsys.readouterr().out
+
+
+def test_bank_writes_what_it_promises(monkeypatch, tmp_path, capsys):
+    files = ("--json", tmp_path / "a.json", "--png", tmp_path / "a.png")
+    words = ("--instances", 50, 300, 10_000_000, "--dim", 16, "--negatives", 8, "--steps", 1, "--rounds", 1)
+    monkeypatch.setattr("utils.benchmark_bank._free_memory", lambda device: 10_000_000)
+    command(monkeypatch, "bank", *words, *files)
+    report = json.loads((tmp_path / "a.json").read_text())
+    sizes = [(row["instances"], row["dtype"], row["gb"]) for row in report["rows"]]
+    assert sizes == [(50, "fp32", 6.4e-6), (50, "bf16", 3.2e-6), (300, "fp32", 38.4e-6), (300, "bf16", 19.2e-6)]
+    assert len(report["left_out"]) == 2 and "10,000,000 rows in fp32: left out, 1.3 GB" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_2d_is_3d_on_a_gpu(channels_last):
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    fast, plain = R2Plus1d(10).cuda().eval(), R2Plus1d(10).cuda().eval()
+    plain.load_state_dict(fast.state_dict())
+    in_3d(plain, channels_last)
+    video = torch.randn(2, 3, 8, 64, 64, device="cuda")
+    torch.testing.assert_close(fast(video), plain(video), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_imports_the_benchmarks():
+    for file in [*REPO.glob("*.py"), *REPO.glob("*/*.py")]:
+        inside = Path(file).parent.name == "tests" or file.name.startswith("benchmark")
+        assert inside or "utils.benchmark" not in file.read_text().replace("-m utils.benchmark", ""), file

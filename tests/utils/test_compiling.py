@@ -1,0 +1,90 @@
+"""Compiled is eager, forward and backward; a machine that cannot compile says so."""
+
+import pytest
+import torch
+from torch import nn
+
+from datasets.preprocessing import VideoPrep
+from models import build_model
+from models.network_blocks import SpatialConv, SpatialMaxPool, StemConv, TemporalConv
+from utils import compiling
+from utils.compiling import compiles
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """A stem, its pool and one pair of convolutions, their global maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.pool = StemConv(3, 8, 7, 2), nn.BatchNorm3d(8), SpatialMaxPool()
+        self.spatial, self.temporal = SpatialConv(8, 16, stride=2), TemporalConv(16, 16, stride=2)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.bn(self.stem(x))))
+        return self.temporal(torch.relu(self.spatial(x))).amax((2, 3, 4))
+
+
+@pytest.fixture
+def compiler():
+    if not compiles(True, CPU):
+        pytest.skip(f"torch.compile does not work here: {compiling.obstacle('cpu')}")
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled_is_eager(compiler):
+    torch.manual_seed(0)
+    model, video = Small(), torch.randn(2, 3, 4, 24, 24).contiguous(memory_format=torch.channels_last_3d)
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for network in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        loss = (network(video) * torch.arange(16.0)).square().mean()
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    (loss, gradients), (found_loss, found) = results
+    torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0)
+    for mine, other in zip(found, gradients, strict=True):
+        assert (mine - other).abs().max() <= 1e-3 * other.abs().max().clamp_min(1e-3)
+
+
+def test_compiled_preprocessing_is_eager(compiler):
+    prepare, frames = VideoPrep(), torch.randint(256, (2, 3, 12, 12, 3), dtype=torch.uint8)
+    change = torch.tensor([[1.0, 1.1, 0.9, 1.2, 0.05], [0.0, 0.8, 1.2, 0.7, -0.1]])
+    expected = prepare(frames, change)
+    found = torch.compile(prepare, fullgraph=True, dynamic=False)(frames, change)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
+    compiling.obstacle.cache_clear()
+
+    def broken(function):
+        raise RuntimeError("no C++\ncompiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compiles(True, CPU) is False
+    assert "going on without: RuntimeError: no C++ compiler found" in caplog.text
+    compiling.obstacle.cache_clear()
+    assert compiles(None, CPU) is False and compiles(False, torch.device("cuda")) is False
+
+
+@pytest.mark.parametrize("arch", ["av_wrapper", "vicreg_wrapper", "vicreg_v_wrapper"])
+def test_a_training_model_is_one_graph_and_is_compiled_once(arch):
+    head = {"proj_dim": [16, 8]} if arch == "av_wrapper" else {"exp_dim": [16, 8]}
+    args = {**head, "video_backbone": "R2Plus1d", "video_backbone_args": {"depth": 10}}
+    if arch != "vicreg_v_wrapper":
+        args |= {"audio_backbone": "Conv2DNet"}
+    model, video = build_model({"arch": arch, "args": args}).train(), torch.randn(2, 3, 4, 32, 32)
+    second = video.flip(0) if arch == "vicreg_v_wrapper" else torch.randn(2, 1, 32, 20)
+    model.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            sum(emb.square().mean() for emb in model(video, second)).backward()
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                model.eval().forward(video[:1], second[:1])  # measuring on held-out clips, between steps
+            model.train()
+    torch.compiler.reset()

@@ -1,0 +1,36 @@
+"""Measure this project on this machine.
+
+    python3 -m utils.benchmark step CFG            # a training step, from the plain form to ours
+    python3 -m utils.benchmark inference CFG       # the backbone's forward pass, as in linear evaluation
+    python3 -m utils.benchmark scaling CFG         # 1 to N processes, and the bytes that they exchange
+    python3 -m utils.benchmark bank                # the memory bank over the number of instances
+    python3 -m utils.benchmark loader CFG --root RAW [--prepared DIR]    # files, as they are and prepared
+
+All but the loader's data are synthetic. Every figure is measured in the same run.
+"""
+
+import argparse
+
+from utils import benchmark_bank, benchmark_inference, benchmark_loader, benchmark_scaling, benchmark_step
+from utils.cli import run_script
+
+COMMANDS = {  # each a module with add_arguments(parser) and run(args)
+    "step": benchmark_step,
+    "inference": benchmark_inference,
+    "scaling": benchmark_scaling,
+    "bank": benchmark_bank,
+    "loader": benchmark_loader,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__))
+    args = parser.parse_args()
+    COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,79 @@
+"""The backbone's forward pass as in linear evaluation: eval mode, no gradients, the pooled feature.
+
+CFG is an evaluation's YAML (8 frames of 224 pixels, say) or a pre-training's; rows are as those of `step`.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from datasets.preprocessing import VideoPrep
+from models.video import R2Plus1d
+from utils.benchmark_forms import Form, in_3d
+from utils.benchmark_step import Row, add_measuring_arguments, allocated, configured, measure_and_report, seconds_of
+from utils.compiling import compiles
+from utils.precision import Precision
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `inference`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of an evaluation or a pre-training")
+    parser.add_argument("--depth", type=int, help="of R(2+1)D; default: the YAML's, 18 where it gives none")
+    add_measuring_arguments(parser)
+
+
+class Forward:
+    """One form of the forward pass; a call runs it."""
+
+    def __init__(self, depth: int, form: Form, frames: Tensor, device: torch.device) -> None:
+        self.form, self.frames, self.device = form, frames, device
+        torch.manual_seed(0)
+        self.model, self.prepare = R2Plus1d(depth).to(device).eval(), VideoPrep().to(device)
+        if not form.in_2d:
+            in_3d(self.model, form.channels_last)
+        if form.compiled:
+            self.model.compile()
+            self.prepare.compile(dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        precision = Precision(self.form.precision, self.device)
+        with precision.autocast():
+            return self.model(self.prepare(self.frames))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the files that were asked for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = configured(args)
+    data = cfg["dataset"]
+    depth = args.depth or cfg["model"]["args"].get("video_backbone_args", {}).get("depth", 18)
+    size = (round(data["video_clip_duration"] * data["video_fps"]), data["crop_size"], data["crop_size"])
+    frames = torch.randint(256, (data["batch_size"], *size, 3), dtype=torch.uint8, device=device)
+    forms, left_out = inference_forms(cfg, device)
+    rows = []
+    for form in forms:
+        before = allocated(device)
+        row = Row(form, Forward(depth, form, frames, device))
+        row.first_s = seconds_of(row.run, device)
+        row.static = allocated(device) - before
+        rows.append(row)
+    measure_and_report(args, cfg, device, rows, left_out, f"forward pass of R(2+1)D-{depth}")
+
+
+def inference_forms(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
+    """The forms that mean something here, and in words those that are left out."""
+    gpu, precision = device.type == "cuda", Precision(cfg["precision"], device).name
+    forms, left_out = [Form("plain: float32, NCDHW, 3D", "tf32" if gpu else "fp32")], []
+    if precision != forms[0].precision:
+        forms.append(Form(f"+ {precision}", precision))
+    else:
+        left_out.append(f"+ {precision}: left out, it is that of the plain form")
+    forms.append(Form("+ channels_last_3d", precision, channels_last=True))
+    forms.append(Form("+ convolutions and pool in 2D", precision, channels_last=True, in_2d=True))
+    if compiles(cfg["compile"], device):
+        forms.append(Form("+ torch.compile", precision, channels_last=True, in_2d=True, compiled=True))
+    else:
+        left_out.append("+ torch.compile: left out, off on a CPU (--set compile=true), or not possible here")
+    return forms, left_out

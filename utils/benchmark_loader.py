@@ -1,0 +1,302 @@
+"""The loader: clips a second from files, where a clip's time goes, and against a plain way of reading the same clips.
+
+Every video gives the same training clips (frames, random crop, sound) to each variant, in turns, in a single process:
+`plain` reads the raw files as scripts usually do (every frame decoded from the key frame on, those of the clip made
+PIL images and transformed one by one, the sound decoded from the file's start), `ours, raw` and `ours, prepared` go
+by this project's decoder. Seconds are the process's own CPU time, which other work on the machine changes little.
+Then the project's DataLoader runs an epoch with 1 and with N workers.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from datasets import build_videos, sampling
+from datasets.decoding import VideoFile
+from datasets.preprocessing import crop_and_resize
+from datasets.video_dataset import (
+    ClipRecipe,
+    EpochBatches,
+    TrainingClips,
+    VideoList,
+    audio_span,
+    collate,
+    make_loader,
+    video_span,
+)
+from utils.benchmark_tools import table
+from utils.config import load_config
+from utils.errors import UserError
+
+STAGES = ("open", "seek and decode", "convert", "resize", "audio", "collate")
+BATCH = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python3 -m utils.benchmark loader`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training: it says what a clip is")
+    parser.add_argument("--root", required=True, help="the raw data set")
+    parser.add_argument("--prepared", metavar="DIR", help="the same, by python3 -m datasets.prepare")
+    parser.add_argument("--clips", type=int, default=3, metavar="N", help="clips of each video; default: %(default)s")
+    parser.add_argument("--videos", type=int, default=32, metavar="N", help="at most so many; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--png", metavar="FILE", help="draw where the time goes")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the tables, write what was asked for."""
+    torch.set_num_threads(1)
+    cfg = load_config(args.cfg, [*args.set, f"dataset.root={args.root}"])
+    recipe = ClipRecipe.from_config(cfg["dataset"], augment=True)
+    videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
+    roots = {"ours, raw": Path(args.root)} | ({"ours, prepared": Path(args.prepared)} if args.prepared else {})
+    names = [videos.name(i) for i in range(min(args.videos, len(videos)))]
+    for root in roots.values():
+        if absent := [name for name in names if not (root / name).is_file()]:
+            raise UserError(f"{root}: {len(absent)} of the {len(names)} videos are not there, such as {absent[0]}")
+
+    timers = {variant: Stopwatch() for variant in ("plain, raw", *roots)}
+    for k in range(args.clips):
+        for i, name in enumerate(names):
+            clip = draw_clip(Path(args.root) / name, recipe, np.random.default_rng((k, i)))
+            order = list(timers)[:: 1 if (i + k) % 2 else -1]  # no variant always finds the file in the disk's cache
+            for variant in order:
+                read = read_plain if variant == "plain, raw" else read_ours
+                file = roots.get(variant, Path(args.root)) / name
+                with timers[variant].video(name):
+                    read(file, clip, recipe, timers[variant])
+    rows = figures(timers, len(names) * args.clips)
+    print(
+        f"{len(names)} videos x {args.clips} clips, {recipe.num_frames} frames of {recipe.crop_size} px, one process\n"
+    )
+    print(table(("variant", "clips/s of CPU time", "ratio", "least", "most", *STAGES), [cells(row) for row in rows]))
+    print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip")
+    epochs = [
+        epoch(root, names, recipe, workers, variant) for variant, root in roots.items() for workers in counts(args)
+    ]
+    print("\nDataLoader, wall time\n")
+    heads = ("variant", "workers", "clips/s", "a core", "first batch, s", "MB a worker", "MB grown")
+    print(table(heads, [tuple(map(str, e.values())) for e in epochs]))
+    print(
+        "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"clips": rows, "epochs": epochs}, indent=2))
+    if args.png:
+        draw(rows, args.png)
+
+
+@dataclass(frozen=True)
+class ClipPlace:
+    """One training clip: starts in seconds on the raw file's clock, the crop as shares of the picture."""
+
+    video_start: float
+    audio_start: float
+    box: tuple[float, float, float, float]  # top, left, height, width
+
+
+def draw_clip(path: Path, recipe: ClipRecipe, rng: np.random.Generator) -> ClipPlace:
+    """A clip as pre-training would draw it."""
+    with VideoFile(path) as file:
+        starts = sampling.audio_visual(
+            video_span(file), audio_span(file), recipe.video_seconds, recipe.audio_seconds, rng
+        )
+        height, width = file.info.video.height, file.info.video.width
+    top, left, h, w = sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)
+    return ClipPlace(*starts, (top / height, left / width, h / height, w / width))
+
+
+class Stopwatch:
+    """CPU seconds by video and by stage."""
+
+    def __init__(self) -> None:
+        self.by_video: dict[str, float] = defaultdict(float)
+        self.stages: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def video(self, name: str) -> Iterator[None]:
+        """Time one clip of a video."""
+        start = time.process_time()
+        yield
+        self.by_video[name] += time.process_time() - start
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a part of a clip; a part inside another counts for itself alone."""
+        start, inner = time.process_time(), sum(self.stages.values())
+        yield
+        self.stages[name] += time.process_time() - start - (sum(self.stages.values()) - inner)
+
+
+class TimedFile(VideoFile):
+    """Our decoder, its conversion to RGB timed by itself."""
+
+    watch: Stopwatch
+
+    def _to_rgb(self, *arguments: object) -> np.ndarray:
+        with self.watch.stage("convert"):
+            return super()._to_rgb(*arguments)
+
+
+def read_ours(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch) -> tuple:
+    """A clip as the project's data sets read it: frames (T, crop, crop, 3) and waveform (L,)."""
+    with watch.stage("open"):
+        file = TimedFile(path)
+        file.watch = watch
+    with file:
+        with watch.stage("seek and decode"):
+            frames = file.read(
+                video_start=clip.video_start, video_seconds=recipe.video_seconds, fps=recipe.video_fps
+            ).frames
+        with watch.stage("resize"):
+            height, width = frames.shape[1:3]
+            box = [round(share * side) for share, side in zip(clip.box, (height, width) * 2, strict=True)]
+            frames = crop_and_resize(torch.from_numpy(frames), box, recipe.crop_size)
+        with watch.stage("audio"):
+            sound = file.read(
+                audio_start=clip.audio_start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate
+            ).waveform
+    with watch.stage("collate"):
+        return torch.stack([frames]), torch.from_numpy(sound)[None]
+
+
+def read_plain(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch) -> tuple:
+    """The same clip as scripts usually read it; the baseline."""
+    from PIL import Image
+
+    with watch.stage("open"):
+        file = av.open(str(path), metadata_errors="ignore")
+    with file:
+        with watch.stage("seek and decode"):
+            stream = file.streams.video[0]
+            stream.thread_type = "NONE"
+            file.seek(int(clip.video_start / stream.time_base), stream=stream)
+            decoded = []
+            for frame in file.decode(stream):
+                if frame.time < clip.video_start - 1.5 / float(stream.average_rate):
+                    continue
+                with watch.stage("convert"):
+                    decoded.append((frame.time, frame.to_image()))
+                if frame.time >= clip.video_start + recipe.video_seconds:
+                    break
+            times = np.array([seconds for seconds, _ in decoded])
+            wanted = clip.video_start + np.arange(recipe.num_frames) / recipe.video_fps
+            pictures = [decoded[int(np.abs(times - at).argmin())][1] for at in wanted]
+        with watch.stage("resize"):
+            width, height = pictures[0].size
+            top, left, h, w = (s * side for s, side in zip(clip.box, (height, width) * 2, strict=True))
+            size = (recipe.crop_size, recipe.crop_size)
+            frames = [p.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BILINEAR) for p in pictures]
+            frames = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames])
+        with watch.stage("audio"):
+            file.seek(0)
+            resampler = av.AudioResampler("fltp", "mono", recipe.sample_rate)
+            pieces = [part.to_ndarray()[0] for frame in file.decode(audio=0) for part in resampler.resample(frame)]
+            first = round(clip.audio_start * recipe.sample_rate)
+            sound = np.concatenate(pieces)[first : first + round(recipe.audio_seconds * recipe.sample_rate)]
+    with watch.stage("collate"):
+        return torch.stack([frames]), torch.from_numpy(sound)[None]
+
+
+def figures(timers: dict[str, Stopwatch], clips: int) -> list[dict]:
+    """A row a variant: clips a second of CPU time, how many times the plain one's, and the stages in ms a clip."""
+    plain = timers["plain, raw"].by_video
+    rows = []
+    for variant, watch in timers.items():
+        ratios = [plain[name] / seconds for name, seconds in watch.by_video.items()]
+        rows.append(
+            {
+                "variant": variant,
+                "clips_per_s": clips / sum(watch.by_video.values()),
+                "ratio": sum(plain.values()) / sum(watch.by_video.values()),
+                "least": min(ratios),
+                "most": max(ratios),
+                "median": statistics.median(ratios),
+                "stages_ms": {stage: 1000 * watch.stages[stage] / clips for stage in STAGES},
+                "ratio_by_video": dict(zip(watch.by_video, ratios, strict=True)),
+            }
+        )
+    return rows
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A row of the console's table."""
+    ratios = [f"{row[name]:.2f}" for name in ("ratio", "least", "most")]
+    return row["variant"], f"{row['clips_per_s']:.1f}", *ratios, *(f"{ms:.1f}" for ms in row["stages_ms"].values())
+
+
+def counts(args: argparse.Namespace) -> list[int]:
+    """Numbers of workers to try."""
+    return sorted({1, args.workers})
+
+
+def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, variant: str) -> dict:
+    """An epoch of the DataLoader: clips a second once it runs, time to the first batch, memory of the workers."""
+    clips = TrainingClips(VideoList(root, names), recipe, max(1, 16 * BATCH // len(names)), seed=0)
+    batches = EpochBatches(len(clips), BATCH)
+    loader = make_loader(clips, workers, batch_sampler=batches, collate_fn=collate)
+    started = time.perf_counter()
+    iterator = iter(loader)
+    next(iterator)
+    first = time.perf_counter()
+    halfway, memory = None, []
+    for step in range(1, batches.steps):
+        next(iterator)
+        memory = [private_memory(worker.pid) for worker in iterator._workers]
+        if step == batches.steps // 2:
+            halfway = max(memory)
+    rate = BATCH * (batches.steps - 1) / (time.perf_counter() - first)
+    return {
+        "variant": variant,
+        "workers": len(memory),
+        "clips_per_s": round(rate, 1),
+        "a_core": round(rate / min(len(memory), os.cpu_count()), 1),
+        "first_batch_s": round(first - started, 2),
+        "worker_mb": round(max(memory)),
+        "grown_mb": round(max(memory) - (halfway or max(memory))),
+    }
+
+
+def private_memory(pid: int) -> float:
+    """MB of a process that it shares with no other (USS); Linux only."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def draw(rows: list[dict], file: str) -> None:
+    """A bar a variant: where a clip's time goes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    names, left = [row["variant"] for row in rows], np.zeros(len(rows))
+    for stage in STAGES:
+        values = np.array([row["stages_ms"][stage] for row in rows])
+        axis.barh(names, values, left=left, label=stage)
+        left += values
+    for row, end in zip(rows, left, strict=True):
+        axis.text(
+            end, row["variant"], f" {row['clips_per_s']:.1f} clips/s, {row['ratio']:.1f} x", va="center", fontsize=8
+        )
+    axis.set(xlabel="ms of one core a clip", xlim=(0, 1.25 * left.max()))
+    axis.invert_yaxis()
+    axis.legend(fontsize=8, ncols=3, loc="lower right")
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,97 @@
+"""The time of a training step on 1 to N processes of this node, and the bytes that each step communicates.
+
+Every process has the same number of clips, so a perfect step takes the same time on any number. On a CPU the processes
+share the cores and the memory, and only the bytes mean something.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from utils.benchmark_forms import Step, forms_of, synthetic_batch
+from utils.benchmark_tools import CollectiveCounter, machine, table, time_in_turns, write_json
+from utils.config import load_config
+from utils.distributed import is_main, launch, rank, world_size
+from utils.errors import UserError
+
+ONE_NODE = {"distributed": True, "gpu": None, "world_size": None, "rank": None, "dist_url": None, "dist_backend": None}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `scaling`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of an xID or VICReg pre-training")
+    parser.add_argument("--procs", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of processes")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="clips a process; default: the YAML's, shared by most"
+    )
+    parser.add_argument("--crop", type=int, metavar="N", help="pixels; default: the YAML's")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps in a round")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure each number of processes, print the table, write the file that was asked for."""
+    cfg = load_config(args.cfg, args.set)
+    if min(args.procs) < 1 or args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--procs {args.procs}, --batch-size {args.batch_size}: expected 1 or more")
+    gpus = torch.cuda.device_count()
+    if gpus and max(args.procs) > gpus:
+        raise UserError(f"--procs {max(args.procs)}: one process a GPU, and {gpus} are visible")
+    cfg["dataset"]["crop_size"] = args.crop or cfg["dataset"]["crop_size"]
+    clips = args.batch_size or max(1, cfg["dataset"]["batch_size"] // max(args.procs))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in args.procs:
+            file = Path(folder) / f"{processes}.json"
+            options = argparse.Namespace(**ONE_NODE, nproc=processes)
+            launch(_measure, options, cfg, clips, args.steps, args.rounds, str(file))
+            rows.append(json.loads(file.read_text()))
+    first = rows[0]["clips_per_s"] / rows[0]["processes"]
+    for row in rows:
+        row["efficiency"] = row["clips_per_s"] / row["processes"] / first
+    device = torch.device("cuda" if gpus else "cpu")
+    size = cfg["dataset"]["crop_size"]
+    print(f"training step, {args.cfg}, {clips} clips of {size} px a process, {machine(device)['device']}\n")
+    columns = ("processes", "ms/step", "clips/s", "efficiency", "MB handed over", "MB sent at least")
+    print(table(columns, [_cells(row) for row in rows]))
+    print(
+        "\nMB handed over: what a process gives to (all-reduce) or gets from (the others) collective calls in a step."
+    )
+    for row in rows:
+        for kind, calls in row["calls"].items():
+            print(f"{row['processes']} processes: {kind} {calls} a step, {row['payload'][kind] / 1e6:.4g} MB")
+    if not gpus:
+        print("On a CPU the processes share cores and memory: only the bytes mean something, not the times.")
+    if args.json:
+        write_json(args.json, {"cfg": args.cfg, "clips_a_process": clips, **machine(device), "rows": rows})
+
+
+def _cells(row: dict) -> list[str]:
+    return [
+        str(row["processes"]),
+        f"{row['ms']:.1f}",
+        f"{row['clips_per_s']:.1f}",
+        f"{row['efficiency']:.0%}",
+        f"{sum(row['payload'].values()) / 1e6:.2f}",
+        f"{row['wire'] / 1e6:.2f}",
+    ]
+
+
+def _measure(device: torch.device, cfg: dict, clips: int, steps: int, rounds: int, file: str) -> None:
+    """One process: our step in its last form; rank 0 writes the figures."""
+    forms, _ = forms_of(cfg, device)
+    step = Step(cfg, forms[-1], synthetic_batch(cfg, device, clips, seed=rank()), device)
+    for _ in range(4):
+        step()  # DDP settles its buckets in the first ones
+    with CollectiveCounter(world_size()) as counter:
+        step()
+    seconds = time_in_turns([step], steps, rounds, device)[0].median
+    if is_main():
+        figures = {"processes": world_size(), "ms": seconds * 1e3, "clips_per_s": clips * world_size() / seconds}
+        figures |= {"calls": counter.calls, "payload": counter.payload, "wire": counter.wire}
+        Path(file).write_text(json.dumps(figures))

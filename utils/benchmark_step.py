@@ -1,0 +1,214 @@
+"""The time of a whole training step, from the plain form to ours, one thing added a row.
+
+A step is device preprocessing, forward, backward, optimizer and bank, on a synthetic batch that lies on the device. All
+rows run the same batch in the same process, in turns. The plain form: float32 (on a GPU with TF32), 3D convolutions on
+NCDHW memory, negatives drawn on the CPU, Adam not fused. The audio network is the same in all rows.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import torch
+
+from utils.benchmark_forms import Form, Step, forms_of, synthetic_batch
+from utils.benchmark_tools import (
+    Run,
+    Timing,
+    bar_chart,
+    copy_bandwidth,
+    count_bytes,
+    count_flops,
+    machine,
+    matrix_ceiling,
+    table,
+    time_in_turns,
+    top_kernels,
+    wait,
+    write_json,
+)
+from utils.config import load_config
+from utils.errors import UserError
+
+COLUMNS = (
+    "variant",
+    "ms/step",
+    "min-max",
+    "clips/s",
+    "ratio",
+    "TFLOP/s",
+    "of ceiling",
+    "GB moved",
+    "of copy",
+    "GB peak",
+)
+COLUMNS += ("s first",)
+LEGEND = """\
+ratio: clips/s over the plain form's. TFLOP/s: convolutions and matrix products counted in the plain form over the time.
+of ceiling: of the square matrix product measured here in the row's number format. GB moved: inputs and outputs of each
+operator once, no views (unfused; not counted for a compiled step). of copy: that per second, of a copy's bandwidth.
+GB peak: of GPU memory, other rows' models left out; not on a CPU. s first: the first call, with compilation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `step`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of an xID or VICReg pre-training")
+    add_measuring_arguments(parser)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `step` and `inference` share."""
+    parser.add_argument("--batch-size", type=int, metavar="N", help="clips; default: the YAML's")
+    parser.add_argument("--crop", type=int, metavar="N", help="pixels; default: the YAML's")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a variant in a round")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument("--top-kernels", type=int, default=0, metavar="N", help="the N slowest kernels of the last row")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--png", metavar="FILE", help="draw clips a second")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
+
+
+def configured(args: argparse.Namespace) -> dict:
+    """The configuration with the sizes that the command line gives.
+
+    Raises:
+        UserError: a number is not above 0.
+    """
+    cfg = load_config(args.cfg, args.set)
+    for option in ("batch_size", "crop", "steps", "rounds"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
+    cfg["dataset"]["batch_size"] = args.batch_size or cfg["dataset"]["batch_size"]
+    cfg["dataset"]["crop_size"] = args.crop or cfg["dataset"]["crop_size"]
+    return cfg
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the files that were asked for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = configured(args)
+    if "benchmark" in cfg:
+        raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")
+    batch = synthetic_batch(cfg, device)
+    forms, left_out = forms_of(cfg, device)
+    rows = []
+    for form in forms:
+        before = allocated(device)
+        row = Row(form, Step(cfg, form, batch, device))
+        row.first_s = seconds_of(row.run, device)
+        row.static = allocated(device) - before
+        rows.append(row)
+    measure_and_report(args, cfg, device, rows, left_out, "training step")
+
+
+@dataclass
+class Row:
+    """A variant and what was measured of it."""
+
+    form: Form
+    run: Run
+    first_s: float = 0.0  # seconds of the first call, compilation included
+    static: int = 0  # bytes on the device that it holds between calls
+    timing: Timing | None = None
+    moved: int | None = None  # bytes
+    peak: float | None = None  # GB
+
+    def figures(self, plain: "Row", clips: int, flops: int, ceiling: float, bandwidth: float) -> dict:
+        """What the report says of it."""
+        seconds = self.timing.median
+        return {
+            "variant": self.form.name,
+            "ms": seconds * 1e3,
+            "ms_rounds": [second * 1e3 for second in self.timing.rounds],
+            "clips_per_s": clips / seconds,
+            "ratio": plain.timing.median / seconds,
+            "tflops": flops / seconds / 1e12,
+            "of_ceiling": flops / seconds / ceiling,
+            "gb_moved": None if self.moved is None else self.moved / 1e9,
+            "of_copy": None if self.moved is None else self.moved / seconds / bandwidth,
+            "peak_gb": self.peak,
+            "first_step_s": self.first_s,
+        }
+
+
+def measure_and_report(
+    args: argparse.Namespace, cfg: dict, device: torch.device, rows: list[Row], left_out: list[str], what: str
+) -> None:
+    """Count, time the rows in turns, print their table, write JSON and chart."""
+    flops = count_flops(rows[0].run)
+    for row in rows:
+        row.moved = None if row.form.compiled else count_bytes(row.run)
+    timings = time_in_turns([row.run for row in rows], args.steps, args.rounds, device)
+    for row, timing in zip(rows, timings, strict=True):
+        row.timing, row.peak = timing, _peak(row, device)
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    precisions = {row.form.precision for row in rows}
+    ceilings = {name: matrix_ceiling(device, formats.get(name, torch.float32)) for name in precisions}
+    bandwidth, clips = copy_bandwidth(device), cfg["dataset"]["batch_size"]
+    figures = [row.figures(rows[0], clips, flops, ceilings[row.form.precision], bandwidth) for row in rows]
+    frames = round(cfg["dataset"]["video_clip_duration"] * cfg["dataset"]["video_fps"])
+    size = cfg["dataset"]["crop_size"]
+    title = f"{what}, {args.cfg}, batch {clips}, {frames} x {size} x {size}, {machine(device)['device']}"
+    print(f"{title}, torch {torch.__version__}\n")
+    print(table(COLUMNS, [_cells(row) for row in figures]))
+    print(f"\n{LEGEND}")
+    named = ", ".join(f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in ceilings.items())
+    print(f"measured here: matrix products {named}; copy {bandwidth / 1e9:.3g} GB/s")
+    print(f"counted: {flops / clips / 1e9:.4g} GFLOP a clip")
+    for line in left_out:
+        print(line)
+    kernels = top_kernels(rows[-1].run, device, args.top_kernels) if args.top_kernels else []
+    for kernel in kernels:
+        print(f"{kernel['ms']:8.2f} ms  {kernel['calls']:6.0f} calls  {kernel['name'][:100]}")
+    if args.json:
+        report = {"what": what, "cfg": args.cfg, "batch_size": clips, "frames": frames, "crop": size, **machine(device)}
+        report |= {"flops_a_step": flops, "ceilings_flops": ceilings, "copy_bytes_per_s": bandwidth}
+        write_json(args.json, report | {"rows": figures, "left_out": left_out, "kernels": kernels})
+    if args.png:
+        names, speeds = [row["variant"] for row in figures], [row["clips_per_s"] for row in figures]
+        bar_chart(args.png, title, names, speeds, "clips/s")
+
+
+def _cells(row: dict) -> list[str]:
+    def optional(value: float | None, form: str) -> str:
+        return "-" if value is None else f"{value:{form}}"
+
+    spread = f"{min(row['ms_rounds']):.1f}-{max(row['ms_rounds']):.1f}"
+    return [
+        row["variant"],
+        f"{row['ms']:.1f}",
+        spread,
+        f"{row['clips_per_s']:.1f}",
+        f"{row['ratio']:.2f}",
+        f"{row['tflops']:.3g}",
+        f"{row['of_ceiling']:.0%}",
+        optional(row["gb_moved"], ".2f"),
+        optional(row["of_copy"], ".0%"),
+        optional(row["peak_gb"], ".2f"),
+        f"{row['first_step_s']:.1f}",
+    ]
+
+
+def seconds_of(run: Run, device: torch.device) -> float:
+    """How long one call takes."""
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes in use on a GPU; 0 for a CPU, whose allocator does not tell."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(row: Row, device: torch.device) -> float | None:
+    """GB at the peak of a call, of what this variant holds alone."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = allocated(device)
+    row.run()
+    return (torch.cuda.max_memory_allocated(device) - before + row.static) / 1e9

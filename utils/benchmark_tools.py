@@ -1,0 +1,211 @@
+"""What the benchmarks share: timing in turns, counting operations and bytes, the machine's ceilings, tables, charts."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Timing:
+    """Seconds a step of one variant, one number a round."""
+
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def time_in_turns(runs: Sequence[Run], steps: int, rounds: int, device: torch.device) -> list[Timing]:
+    """Time `steps` calls of each run, round after round, so that a slow spell of the machine hits all of them alike.
+
+    Each run is called twice before, untimed. On a GPU the host waits at the beginning and the end of a round alone.
+    """
+    for run in runs:
+        run()
+        run()
+    timings = [Timing([]) for _ in runs]
+    for _ in range(rounds):
+        for run, timing in zip(runs, timings, strict=True):
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(steps):
+                run()
+            wait(device)
+            timing.rounds.append((time.perf_counter() - start) / steps)
+    return timings
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_flops(run: Run) -> int:
+    """Floating-point operations of convolutions and matrix products in one call (a multiply-add is two)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+class ByteCounter(TorchDispatchMode):
+    """Adds up the bytes of operators' inputs and outputs: each reads its inputs once, writes its outputs once.
+
+    Views and allocations cost nothing. It is what unfused operators must at least move; caches save some of it, and
+    what a kernel reads twice comes on top.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view and "empty" not in func.__name__:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+        return result
+
+
+def count_bytes(run: Run) -> int:
+    """What `ByteCounter` adds up in one call."""
+    with ByteCounter() as counter:
+        run()
+    return counter.bytes
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Adds up, by kind, the bytes that this process hands to collective calls, and how many calls there are.
+
+    `wire` is what it must at least send: with W processes 2 (W - 1) / W of an all-reduce's bytes, (W - 1) / W of what
+    an all-gather or an all-to-all ends up with.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+        self.calls: dict[str, int] = {}
+        self.payload: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func.namespace == "c10d":
+            kind = func.__name__.split(".")[0].strip("_")
+            first = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]  # what it writes
+            self.calls[kind] = self.calls.get(kind, 0) + 1
+            self.payload[kind] = self.payload.get(kind, 0) + sum(x.nbytes for x in first)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def wire(self) -> float:
+        share = (self.world_size - 1) / self.world_size
+        return sum(share * (2 if kind.startswith("allreduce") else 1) * n for kind, n in self.payload.items())
+
+
+def matrix_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """The most FLOP/s that square matrix products in `dtype` reach here; float32 with the matrix units' rounding."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    torch.set_float32_matmul_precision("high")
+    return 2 * size**3 / _fastest(lambda: a @ b, device, seconds)
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes a second of a large copy on the device, reading and writing counted."""
+    size = 1 << (30 if device.type == "cuda" else 27)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), device, seconds)
+
+
+def _fastest(run: Run, device: torch.device, seconds: float) -> float:
+    """The shortest of at least five calls, over about so many seconds."""
+    run()
+    times, deadline = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < deadline:
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def top_kernels(run: Run, device: torch.device, count: int, steps: int = 3) -> list[dict]:
+    """The operators or kernels that take the most time of their own: `name`, `ms` a step, `calls` a step."""
+    cuda = device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
+        for _ in range(steps):
+            run()
+        wait(device)
+    events = profile.key_averages()
+    times = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in events}
+    slowest = sorted(times.items(), key=lambda item: -item[1][0])[:count]
+    return [{"name": name, "ms": us / 1e3 / steps, "calls": calls / steps} for name, (us, calls) in slowest]
+
+
+def machine(device: torch.device) -> dict:
+    """What was measured on: the device's name, threads, versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU ({_processor()}), {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text under their columns, the first aligned left, the others right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    return "\n".join([line(columns), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequence[float], unit: str) -> None:
+    """Horizontal bars, the first on top, each with its value and its ratio to the first."""
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.45 * len(names)), layout="constrained")
+    bars = axes.barh(range(len(names)), values, color=["#9aa5b1", *["#2f6f9f"] * (len(names) - 1)])
+    axes.bar_label(bars, [f"{value:.3g}  ({value / values[0]:.2f}x)" for value in values], padding=4)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.2)
+    axes.set_xlabel(unit)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def write_json(file: str | Path, report: dict) -> None:
+    """The report as JSON; dataclasses as dicts."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps(report, indent=1, default=asdict) + "\n")

@@ -1,0 +1,31 @@
+"""torch.compile where it works, said where it does not."""
+
+import functools
+import logging
+
+import torch
+
+log = logging.getLogger("avssrl")
+
+
+def compiles(asked: bool | None, device: torch.device) -> bool:
+    """Whether a run is to be compiled: as asked (None: on a GPU), if this machine can.
+
+    On a GPU that takes Triton and a GPU that it knows, on a CPU a C++ compiler. Where they fail, a warning gives the
+    reason and the run goes on without.
+    """
+    if not (device.type == "cuda" if asked is None else asked):
+        return False
+    return obstacle(device.type) is None
+
+
+@functools.cache
+def obstacle(device_type: str) -> str | None:
+    """Why a function of one line does not compile, None if it does. The first answer is kept, and logged if bad."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device_type))
+    except (RuntimeError, ImportError, OSError) as error:  # torch's own errors here are RuntimeErrors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning("compile: torch.compile does not work here, going on without: %s", reason)
+        return reason
+    return None
