@@ -111,10 +111,9 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
-            arguments = pipe.recv()
-        except EOFError:
+            pipe.send(do_job(*pipe.recv()))
+        except (EOFError, OSError):  # the run was ended
             return
-        pipe.send(do_job(*arguments))
 
 
 def _end_with_parent() -> None:
