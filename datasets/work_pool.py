@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from datasets.decoding import DecodeError
@@ -14,8 +14,12 @@ from utils.errors import UserError
 Job = tuple[str, tuple]
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, time_limit: float) -> Iterator[tuple[str, Facts | str]]:
+def run_jobs(
+    jobs: Sequence[Job], workers: int, time_limit: float, do: Callable | None = None
+) -> Iterator[tuple[str, Facts | str]]:
     """Do jobs, (name, arguments of `do_job`), and give (name, facts or why there are none) as they end, in any order.
+
+    `do`: another function in place of `do_job`.
 
     A worker that dies, or is at one job for more than `time_limit` seconds, is replaced; the job's outcome says so.
 
@@ -23,7 +27,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, time_limit: float) -> Iterator[t
         UserError: nothing can be written.
     """
     todo = list(reversed(jobs))
-    pool = [_Worker() for _ in range(min(workers, len(jobs)))]
+    pool = [_Worker(do or do_job) for _ in range(min(workers, len(jobs)))]
     try:
         while True:
             for worker in pool:
@@ -42,7 +46,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, time_limit: float) -> Iterator[t
                     raise outcome
                 if outcome is not None:
                     if not worker.alive:
-                        pool[i] = _Worker()
+                        pool[i] = _Worker(do or do_job)
                     yield name, outcome
     finally:
         for worker in pool:
@@ -67,10 +71,10 @@ def do_job(source: object, target: object, short_side: int, fps: float | None) -
 class _Worker:
     """A process that does one job at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, do: Callable) -> None:
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, do), daemon=True)
         self.process.start()
         theirs.close()
         self.name, self.since, self.alive = None, 0.0, True
@@ -107,11 +111,11 @@ class _Worker:
         self.name, self.alive = None, False
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, do: Callable) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
-            pipe.send(do_job(*pipe.recv()))
+            pipe.send(do(*pipe.recv()))
         except (EOFError, OSError):  # the run was ended
             return
 
