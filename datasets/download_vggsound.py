@@ -1,0 +1,212 @@
+"""VGGSound's clips from YouTube, by the yt-dlp package: ten seconds each, as `<out>/<split>/<youtube id>_<start>.mp4`.
+
+    pip install -r requirements-download.txt           # and the ffmpeg program, with which yt-dlp cuts the ten seconds
+    python3 -m datasets.download_vggsound --csv vggsound.csv --out RAW [--split train] [--limit N] [--workers 4]
+
+Killed, it goes on where it was. What became of each clip is in `<out>/download.csv`: done, gone (removed, private, not
+available here: never tried again), or failed (tried again the next time). Whoever asks too fast is told to slow down:
+all workers then wait, twice as long each time.
+"""
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.cli import run_script
+from utils.errors import UserError
+
+SECONDS = 10
+FATES = "download.csv"
+COLUMNS = ("id", "start", "split", "fate", "reason", "time")
+GONE = re.compile(
+    r"private video|video (is |has been )?(private|removed|unavailable|not available)|no longer available|terminated|"
+    r"copyright|members.only|confirm your age|not available in your country",
+    re.IGNORECASE,
+)
+TOO_FAST = re.compile(r"429|too many requests|rate.?limit|confirm you.?re not a bot", re.IGNORECASE)
+FIRST_WAIT, LONGEST_WAIT = 30.0, 3600.0  # seconds
+TRIES = 6  # of one clip, when the answer is to slow down
+
+Clip = tuple[str, int, str]
+Download = Callable[[Clip, Path], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", required=True, metavar="FILE", help="vggsound.csv: id, start second, label, split")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--split", choices=("train", "test"), help="default: both")
+    parser.add_argument("--limit", type=int, metavar="N", help="stop after so many clips tried")
+    parser.add_argument("--workers", type=int, default=4, metavar="N")
+    args = parser.parse_args()
+    clips = [clip for clip in read_clips(args.csv) if args.split in (None, clip[2])]
+    counts = download_all(clips, Path(args.out), yt_dlp_download(), args.workers, args.limit)
+    shutil.copy2(args.csv, Path(args.out) / "vggsound.csv")
+    print(", ".join(f"{fate} {count}" for fate, count in counts.items()) + f"; see {Path(args.out) / FATES}")
+
+
+def read_clips(file: str | Path) -> list[Clip]:
+    """(id, start second, split) of each line of vggsound.csv. UserError where it is not such a file."""
+    try:
+        with Path(file).open(newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--csv {file}: cannot be read: {error}") from None
+    for row in rows:
+        if len(row) != 4 or not row[1].isdecimal() or row[3] not in ("train", "test"):
+            raise UserError(f"--csv {file}: expected rows of id, start second, label, split; found {','.join(row)!r}")
+    return [(row[0], int(row[1]), row[3]) for row in rows]
+
+
+def download_all(
+    clips: Iterable[Clip],
+    out: Path,
+    download: Download,
+    workers: int = 4,
+    limit: int | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Counter:
+    """Download what is missing; how many clips met which fate, those of earlier calls included.
+
+    `download` writes a clip to a path or raises an exception whose text says why not.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    fates = read_fates(out / FATES)
+    todo = [clip for clip in clips if not is_settled(clip, out, fates)][:limit]
+    lock, pause = threading.Lock(), Pause(sleep)
+    with (out / FATES).open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(COLUMNS)
+        elif not (out / FATES).read_bytes().endswith(b"\n"):  # the half line of a killed run
+            file.write("\n")
+
+        def fetch(clip: Clip) -> None:
+            fate, reason = fetch_one(clip, out, download, pause)
+            with lock:
+                fates[clip[:2]] = fate
+                writer.writerow([*clip, fate, reason, time.strftime("%Y-%m-%dT%H:%M:%S%z")])
+                file.flush()
+
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in tqdm(pool.map(fetch, todo), total=len(todo), unit="clip", disable=not todo):
+                pass
+    return Counter(fates.values())
+
+
+def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tuple[str, str]:
+    """One clip's fate and, if it is not there, the reason in a line."""
+    target = path_of(clip, out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.stem}.{os.getpid()}.part.mp4")
+    reason = ""
+    for _ in range(TRIES):
+        pause.wait()
+        try:
+            download(clip, part)
+            os.replace(part, target)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+        else:
+            pause.relax()
+            return "done", ""
+        finally:
+            part.unlink(missing_ok=True)
+        if not TOO_FAST.search(reason):
+            return ("gone" if GONE.search(reason) else "failed"), reason
+        pause.back_off()
+    return "failed", reason
+
+
+def path_of(clip: Clip, out: Path) -> Path:
+    """Where a clip goes."""
+    video, start, split = clip
+    return out / split / f"{video}_{start:06d}.mp4"
+
+
+def read_fates(file: Path) -> dict[tuple[str, int], str]:
+    """The last fate of each clip that was tried. Half a last line is left out."""
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS) and row[1].isdecimal()]
+    return {(row[0], int(row[1])): row[3] for row in rows}
+
+
+def is_settled(clip: Clip, out: Path, fates: dict[tuple[str, int], str]) -> bool:
+    """Whether a clip is there, or known to be gone."""
+    return fates.get(clip[:2]) == "gone" or path_of(clip, out).is_file()
+
+
+class Pause:
+    """What all workers wait for when the site asks to slow down: twice as long each time, then less again."""
+
+    def __init__(self, sleep: Callable[[float], None]) -> None:
+        self._sleep, self._lock = sleep, threading.Lock()
+        self._next, self._due = FIRST_WAIT, 0.0
+
+    def wait(self) -> None:
+        """Wait if some worker was asked to slow down."""
+        with self._lock:
+            seconds, self._due = self._due, 0.0
+            if seconds:
+                self._sleep(seconds)  # with the lock held: nobody asks meanwhile
+
+    def back_off(self) -> None:
+        """The site asked to slow down."""
+        with self._lock:
+            self._due = self._next
+            self._next = min(2 * self._next, LONGEST_WAIT)
+
+    def relax(self) -> None:
+        """A clip came through."""
+        with self._lock:
+            self._next = FIRST_WAIT
+
+
+def yt_dlp_download() -> Download:
+    """A function that downloads one clip by yt-dlp.
+
+    Raises:
+        UserError: the package, or the ffmpeg program that it cuts with, is not installed.
+    """
+    try:
+        import yt_dlp
+    except ImportError:
+        raise UserError("yt-dlp is not installed: pip install -r requirements-download.txt") from None
+    if shutil.which("ffmpeg") is None:
+        raise UserError("the ffmpeg program is not installed; yt-dlp needs it to cut ten seconds out of a video")
+
+    def download(clip: Clip, target: Path) -> None:
+        video, start, _ = clip
+        options = {
+            "format": "bv*[height<=360]+ba/b[height<=360]/b",
+            "merge_output_format": "mp4",
+            "outtmpl": str(target).replace("%", "%%"),
+            "download_ranges": yt_dlp.utils.download_range_func(None, [(start, start + SECONDS)]),
+            "force_keyframes_at_cuts": True,
+            "quiet": True,
+            "no_warnings": True,
+            "noprogress": True,
+        }
+        try:
+            with yt_dlp.YoutubeDL(options) as downloader:
+                downloader.download([f"https://www.youtube.com/watch?v={video}"])
+        except yt_dlp.utils.YoutubeDLError as error:
+            raise RuntimeError(str(error)) from None
+
+    return download
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,94 @@
+"""Downloading VGGSound, with a downloader that does what YouTube does: gives, refuses, and asks to slow down."""
+
+import csv
+import threading
+
+import pytest
+
+from datasets.download_vggsound import FATES, FIRST_WAIT, download_all, main, read_clips
+from utils.errors import UserError
+
+CLIPS = [("--a", 1, "train"), ("b_b", 20, "train"), ("c", 300, "test"), ("d", 4, "test")]
+
+
+class Site:
+    """Clips by id: what to raise, in order; when the list is empty the clip is given."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked, self.lock = answers, [], threading.Lock()
+
+    def __call__(self, clip, target):
+        with self.lock:
+            self.asked.append(clip[0])
+            answers = self.answers.get(clip[0], [])
+            answer = answers.pop(0) if answers else None
+        if answer:
+            target.write_bytes(b"half")
+            raise RuntimeError(answer)
+        target.write_bytes(b"video")
+
+
+def fates(out):
+    with (out / FATES).open() as file:
+        return {row["id"]: row["fate"] for row in csv.DictReader(file)}
+
+
+def test_each_clip_has_a_fate(tmp_path):
+    site = Site(b_b=["ERROR: Private video. Sign in"], c=["HTTP Error 503: Service Unavailable"])
+    counts = download_all(CLIPS, tmp_path, site, workers=2)
+    assert counts == {"done": 2, "gone": 1, "failed": 1}
+    assert fates(tmp_path) == {"--a": "done", "b_b": "gone", "c": "failed", "d": "done"}
+    assert (tmp_path / "train/--a_000001.mp4").read_bytes() == b"video"
+    assert sorted(p.name for p in tmp_path.rglob("*.mp4")) == ["--a_000001.mp4", "d_000004.mp4"]  # no half files
+
+
+def test_the_next_call_tries_only_what_may_come(tmp_path):
+    download_all(CLIPS, tmp_path, Site(b_b=["Video unavailable"], c=["connection reset"]), workers=1)
+    again = Site()
+    counts = download_all(CLIPS, tmp_path, again, workers=1)
+    assert again.asked == ["c"]
+    assert counts == {"done": 3, "gone": 1}
+    (tmp_path / "test/d_000004.mp4").unlink()  # lost
+    with (tmp_path / FATES).open("a") as file:
+        file.write("d,4,te")  # the half line of a killed run
+    last = Site()
+    download_all(CLIPS, tmp_path, last, workers=1)
+    assert last.asked == ["d"]
+    with (tmp_path / FATES).open() as file:
+        assert list(csv.reader(file))[-1][:4] == ["d", "4", "test", "done"]
+
+
+def test_asked_to_slow_down_all_wait_longer_each_time(tmp_path):
+    slept = []
+    site = Site(c=["HTTP Error 429: Too Many Requests"] * 3)
+    counts = download_all(CLIPS, tmp_path, site, workers=1, sleep=slept.append)
+    assert slept == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
+    assert counts == {"done": 4}
+    slept.clear()
+    always = Site(e=["HTTP Error 429"] * 100)
+    assert download_all([("e", 1, "test")], tmp_path / "other", always, workers=1, sleep=slept.append) == {"failed": 1}
+    assert 3 <= len(slept) < 10
+
+
+def test_a_limit(tmp_path):
+    site = Site()
+    download_all(CLIPS, tmp_path, site, workers=1, limit=2)
+    assert site.asked == ["--a", "b_b"]
+
+
+def test_the_csv(tmp_path, monkeypatch):
+    (tmp_path / "v.csv").write_text('--a,1,"people, clapping",train\nb,20,dog,test\n')
+    assert read_clips(tmp_path / "v.csv") == [("--a", 1, "train"), ("b", 20, "test")]
+    (tmp_path / "v.csv").write_text("a,b,c\n")
+    with pytest.raises(UserError, match="expected rows of id"):
+        read_clips(tmp_path / "v.csv")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_clips(tmp_path / "absent.csv")
+
+
+def test_without_yt_dlp_or_ffmpeg_one_line_says_so(tmp_path, monkeypatch):
+    (tmp_path / "v.csv").write_text("a,1,dog,train\n")
+    monkeypatch.setattr("sys.argv", ["download", "--csv", str(tmp_path / "v.csv"), "--out", str(tmp_path / "out")])
+    monkeypatch.setitem(__import__("sys").modules, "yt_dlp", None)
+    with pytest.raises(UserError, match="requirements-download.txt"):
+        main()
