@@ -30,6 +30,7 @@ COLUMNS = (
     "loudness",  # dBFS
     "motion",  # mean change of a pixel from frame to frame, of 255
     "still",  # 1: a still picture
+    "declared",  # seconds of video by the raw file's header; 0: it does not say
     "shift",  # seconds: the raw file's time at which this one's clock begins
     "source",  # fingerprint of the raw file and of how it was prepared
     "error",  # why there is no file; empty where there is one

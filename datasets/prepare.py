@@ -25,7 +25,7 @@ from datasets import folder, vggsound
 from datasets.contact_sheet import draw_contact_sheet
 from datasets.manifest import FILE, append_rows, read_rows, write_rows
 from datasets.transcode import Facts
-from datasets.work_pool import run_jobs
+from datasets.work_pool import TRY_AGAIN, run_jobs
 from utils.cli import run_script
 from utils.errors import UserError
 
@@ -35,6 +35,7 @@ LISTS = {  # what belongs to a data set beside its videos
     "hmdb51": ("splits", "testTrainMulti_7030_splits"),
     "folder": ("*.csv",),
 }
+SHORT = 0.5  # seconds that a video may end before it declares to
 PART = "manifest-part-{}-of-{}.csv"
 
 
@@ -62,23 +63,24 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"--root {raw}: no such folder")
     if (out is None) != args.check:
         raise UserError("give --out PREPARED, or --check to write nothing but a report")
-    if out is not None and out.resolve() == raw.resolve():
-        raise UserError(f"--out {out}: is the raw folder, which is only read; give another")
+    if out is not None and raw.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out}: is in the raw folder, which is only read; give another")
     names = sorted(find_videos(args.dataset, raw))
     if not names:
         raise UserError(f"--root {raw}: no video found for {args.dataset}; looked for {' '.join(folder.ENDINGS)}")
     report = out or Path.cwd() / f"check-{raw.resolve().name}"
     report.mkdir(parents=True, exist_ok=True)
-    part = report / (PART.format(shard, shards) if shards > 1 else FILE)
+    part = report / PART.format(shard, shards)
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
-    prints = {name: fingerprint(raw / name, recipe) for name in names[shard - 1 :: shards]}
-    known = {row["path"]: row for file in (report / FILE, part) for row in read_rows(file)}
-    rows = {name: known[name] for name in prints if name in known and is_done(known[name], prints[name], out)}
+    prints = {name: fingerprint(raw / name, recipe) for name in names}
+    known = collect_rows(report, prints, out)
+    own = names[shard - 1 :: shards]
+    rows = {name: known[name] for name in own if name in known}
     if out is not None:
         copy_lists(args.dataset, raw, out)
 
     labels = label_of(args.dataset, raw, names)
-    todo = [name for name in prints if name not in rows]
+    todo = [name for name in own if name not in rows]
     print(f"{len(names)} videos below {raw}, shard {shard} of {shards}: {len(rows)} done before, {len(todo)} to do")
     jobs = [(name, (raw / name, out and out / name, args.short_side, fps)) for name in todo]
     write_rows(part, rows.values())
@@ -86,17 +88,15 @@ def prepare(args: argparse.Namespace) -> None:
     done = (row_of(name, labels[name], outcome, prints[name]) for name, outcome in outcomes)
     for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
-    rows = {row["path"]: row for row in read_rows(part)}
-    write_rows(part, rows.values())
-    if shards > 1:
-        merge_parts(report, shards, names)
-    summary = summarise(read_rows(report / FILE if (report / FILE).exists() else part))
+    merge_parts(report, prints, out, part if shards == 1 else None)
+    rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
+    summary = summarise(list(rows.values()))
     (report / "summary.txt").write_text(summary)
     print(summary, end="")
     readable = [row for row in rows.values() if not row["error"]]
     if readable:
         draw_contact_sheet(out or raw, [row["path"] for row in readable], report / "contact-sheet.png")
-        print(f"manifest: {part}, pictures: {report / 'contact-sheet.png'}")
+        print(f"pictures: {report / 'contact-sheet.png'}")
 
 
 def find_videos(dataset: str, raw: Path) -> Iterator[str]:
@@ -118,9 +118,32 @@ def fingerprint(file: Path, recipe: str) -> str:
     return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {recipe}".encode()).hexdigest()[:16]
 
 
-def is_done(row: dict, source: str, out: Path | None) -> bool:
-    """Whether a line of a manifest still holds, and its file, if it should have one, is there."""
-    return row["source"] == source and (bool(row["error"]) or out is None or (out / row["path"]).is_file())
+def is_done(row: dict, source: str | None, out: Path | None) -> bool:
+    """Whether a line of a manifest still holds, and its file, if it should have one, is there.
+
+    A crash or too long a time may have been the machine's fault: such a video is tried again.
+    """
+    if row["source"] != source:
+        return False
+    if row["error"]:
+        return not any(reason in row["error"] for reason in TRY_AGAIN)
+    return out is None or (out / row["path"]).is_file()
+
+
+def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_errors: bool = False) -> dict[str, dict]:
+    """The lines of the manifest and of all its parts that hold for the present raw files and options, by path.
+
+    Without `all_errors` those are left out whose video is to be tried again.
+    """
+    found = {}
+    for file in (report / FILE, *sorted(report.glob(PART.format("*", "*")))):
+        for row in read_rows(file):
+            source = prints.get(row["path"])
+            if row["error"] and row["path"] in found:  # it worked, or failed, elsewhere
+                continue
+            if is_done(row, source, out) or (all_errors and row["error"] and row["source"] == source):
+                found[row["path"]] = row
+    return found
 
 
 def copy_lists(dataset: str, raw: Path, out: Path) -> None:
@@ -153,17 +176,20 @@ def row_of(name: str, label: str, outcome: Facts | str, source: str) -> dict:
     return row | dataclasses.asdict(outcome) | {"still": int(outcome.still)}
 
 
-def merge_parts(report: Path, shards: int, names: list[str]) -> None:
-    """Write the whole manifest once every video has a line in some part."""
-    rows = {
-        row["path"]: row for file in [report / FILE, *report.glob(PART.format("*", "*"))] for row in read_rows(file)
-    }
-    absent = [name for name in names if name not in rows]
+def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_part: Path | None) -> None:
+    """Write the whole manifest once every video has a line; until then there is none, or the one before.
+
+    `only_part` is removed then: it was the whole.
+    """
+    rows = collect_rows(report, prints, out, all_errors=True)
+    absent = len(prints) - len(rows)
     if absent:
-        print(f"{len(absent)} of {len(names)} videos are in no part yet: run the other shards, then any one again")
-    else:
-        write_rows(report / FILE, (rows[name] for name in names))
-        print(f"{shards} shards merged: {report / FILE}")
+        print(f"{absent} of {len(prints)} videos are in no part yet: run the other shards, then any one again")
+        return
+    write_rows(report / FILE, rows.values())
+    print(f"manifest: {report / FILE}")
+    if only_part is not None:
+        only_part.unlink()
 
 
 def summarise(rows: list[dict]) -> str:
@@ -173,6 +199,11 @@ def summarise(rows: list[dict]) -> str:
     lines = [f"{len(good)} videos, {hours:.2f} hours; {len(bad)} dropped"]
     kinds = collections.Counter(row["audio"] for row in good)
     lines.append("sound: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+    short = [row["path"] for row in good if float(row["declared"]) - float(row["duration"]) > SHORT]
+    lines.append(
+        f"shorter than declared: {len(short)}"
+        + (f" ({', '.join(short[:5])}{', ...' * (len(short) > 5)})" if short else "")
+    )
     still = [row["path"] for row in good if row["still"] == "1"]
     lines.append(
         f"still pictures: {len(still)}" + (f" ({', '.join(still[:5])}{', ...' * (len(still) > 5)})" if still else "")

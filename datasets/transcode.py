@@ -44,6 +44,7 @@ class Facts:
     loudness: float  # dBFS, root mean square of the whole track; -inf without sound
     motion: float  # mean absolute change of a pixel from frame to frame, of 255, at 32 x 32
     still: bool
+    declared: float  # seconds of video that the raw file says it has; 0: it does not say
     shift: float  # time in the raw file at which the prepared one's clock begins
 
 
@@ -87,7 +88,7 @@ def inspect(source: str | os.PathLike) -> Facts:
         info, motion = file.info.video, _Motion()
         times = [motion.see(time, frame) for time, frame in file.frames()]
         waveform, audio = _sound(file)
-        return _facts(source, times, (info.width, info.height), waveform, audio, motion, 0.0)
+        return _facts(file, times, (info.width, info.height), waveform, audio, motion, 0.0)
 
 
 def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) -> Facts:
@@ -134,13 +135,13 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
         out.mux(video.encode(None))
         if track is not None:
             _write_audio(out, track, waveform, round((audio_start - shift) * SAMPLE_RATE))
-    return _facts(file.path, times, (width, height), waveform, audio, motion, shift)
+    return _facts(file, times, (width, height), waveform, audio, motion, shift)
 
 
 def prepared_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Width and height in pixels, even, of a picture whose short side is to be at most so long."""
     scale = min(1.0, short_side / min(width, height))
-    return tuple(max(2, 2 * round(side * scale / 2)) for side in (width, height))
+    return tuple(max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (width, height))
 
 
 def _all(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:
@@ -222,7 +223,7 @@ class _Motion:
 
 
 def _facts(
-    path: object,
+    file: VideoFile,
     times: list[float],
     size: tuple[int, int],
     waveform: np.ndarray,
@@ -231,7 +232,7 @@ def _facts(
     shift: float,
 ) -> Facts:
     if not times:
-        raise DecodeError(f"{path}: asked for: all frames; found: no frame that can be decoded")
+        raise DecodeError(f"{file.path}: asked for: all frames; found: no frame that can be decoded")
     between = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
     return Facts(
         duration=round(times[-1] - times[0] + between, 6),
@@ -243,5 +244,6 @@ def _facts(
         loudness=round(_loudness(waveform), 2),
         motion=round(motion.mean, 3),
         still=motion.mean < STILL,
+        declared=round(file.info.video.duration, 6),
         shift=shift,
     )

@@ -12,6 +12,8 @@ from datasets.transcode import Facts, inspect, transcode
 from utils.errors import UserError
 
 Job = tuple[str, tuple]
+CRASHED, TOO_LONG = "the decoder crashed", "not done within"
+TRY_AGAIN = (CRASHED, TOO_LONG)  # the file may be innocent: memory ran out, or the machine was busy
 
 
 def run_jobs(
@@ -30,8 +32,10 @@ def run_jobs(
     pool = [_Worker(do or do_job) for _ in range(min(workers, len(jobs)))]
     try:
         while True:
-            for worker in pool:
+            for i, worker in enumerate(pool):
                 if worker.name is None and todo:
+                    if not worker.process.is_alive():  # killed from outside while it had nothing to do
+                        pool[i] = worker = _Worker(do or do_job)
                     worker.give(*todo.pop())
             busy = [worker for worker in pool if worker.name is not None]
             if not busy:
@@ -93,9 +97,9 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
-            return self._end(f"the decoder crashed (exit status {code})")
+            return self._end(f"{CRASHED} (exit status {code})")
         if time.monotonic() - self.since > time_limit:
-            return self._end(f"not done within {time_limit:g} s")
+            return self._end(f"{TOO_LONG} {time_limit:g} s")
         return None
 
     def _end(self, reason: str) -> str:

@@ -35,6 +35,7 @@ from datasets.video_dataset import (
     make_loader,
     video_span,
 )
+from utils.benchmark_peers import installed
 from utils.benchmark_tools import table
 from utils.config import load_config
 from utils.errors import UserError
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=int, default=32, metavar="N", help="at most so many; default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
+    parser.add_argument("--peers", action="store_true", help="torchcodec and decord too, where they are installed")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--png", metavar="FILE", help="draw where the time goes")
 
@@ -68,21 +70,25 @@ def run(args: argparse.Namespace) -> None:
         if absent := [name for name in names if not (root / name).is_file()]:
             raise UserError(f"{root}: {len(absent)} of the {len(names)} videos are not there, such as {absent[0]}")
 
-    timers = {variant: Stopwatch() for variant in ("plain, raw", *roots)}
+    readers = {"plain, raw": (read_plain, Path(args.root))} | {v: (read_ours, root) for v, root in roots.items()}
+    peers, absent = installed() if args.peers else ({}, [])
+    for name, read in peers.items():
+        readers |= {variant.replace("ours", name): (read, root) for variant, root in roots.items()}
+    timers = {variant: Stopwatch() for variant in readers}
     for k in range(args.clips):
         for i, name in enumerate(names):
             clip = draw_clip(Path(args.root) / name, recipe, np.random.default_rng((k, i)))
             order = list(timers)[:: 1 if (i + k) % 2 else -1]  # no variant always finds the file in the disk's cache
             for variant in order:
-                read = read_plain if variant == "plain, raw" else read_ours
-                file = roots.get(variant, Path(args.root)) / name
+                read, root = readers[variant]
                 with timers[variant].video(name):
-                    read(file, clip, recipe, timers[variant])
+                    read(root / name, clip, recipe, timers[variant])
     rows = figures(timers, len(names) * args.clips)
     print(
         f"{len(names)} videos x {args.clips} clips, {recipe.num_frames} frames of {recipe.crop_size} px, one process\n"
     )
     print(table(("variant", "clips/s of CPU time", "ratio", "least", "most", *STAGES), [cells(row) for row in rows]))
+    print("".join(f"\n{line}" for line in absent))
     print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip")
     epochs = [
         epoch(root, names, recipe, workers, variant) for variant, root in roots.items() for workers in counts(args)
@@ -284,7 +290,7 @@ def draw(rows: list[dict], file: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     names, left = [row["variant"] for row in rows], np.zeros(len(rows))

@@ -12,7 +12,7 @@ import pytest
 from datasets import build_videos
 from datasets.evaluation import data_fingerprint, present_videos
 from datasets.manifest import FILE, manifest_of, read_rows, write_rows
-from datasets.prepare import main
+from datasets.prepare import PART, main
 from datasets.video_dataset import VideoList
 from datasets.work_pool import _Worker, run_jobs
 from tests import tiny
@@ -85,17 +85,19 @@ def test_killed_and_run_again(make_video, tmp_path):
     command = list(map(str, command))
     started = subprocess.Popen(command, cwd=tiny.REPO, env=tiny.ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
-    while len(read_rows(out / FILE)) < 5 and time.monotonic() < deadline:
+    part = out / PART.format(1, 1)
+    while len(read_rows(part)) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     started.send_signal(signal.SIGKILL)
     started.wait()
-    done = len(read_rows(out / FILE))
+    done = len(read_rows(part))
     assert 5 <= done < 20
-    with (out / FILE).open("a") as file:
+    assert not (out / FILE).exists()  # nobody takes half a folder for the whole
+    with part.open("a") as file:
         file.write("17.mp4,,,1.0,2")  # the half line of a killed run
     ended = subprocess.run(command, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True, check=True)
     assert f" {done} done before, {20 - done} to do" in ended.stdout
-    assert len(read_rows(out / FILE)) == 20
+    assert len(read_rows(out / FILE)) == 20 and not part.exists()
     assert sorted(p.name for p in out.glob("*.mp4")) == [f"{i:02d}.mp4" for i in range(20)]
 
 
@@ -108,6 +110,38 @@ def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
     prepare(monkeypatch, "vggsound", "--root", raw, "--out", whole, "--workers", 1)
     strip = [{k: v for k, v in row.items() if k != "error"} for row in read_rows(out / FILE)]
     assert strip == [{k: v for k, v in row.items() if k != "error"} for row in read_rows(whole / FILE)]
+
+
+def test_shards_of_another_recipe_are_not_merged(raw, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ("vggsound", "--root", raw, "--out", out, "--workers", 1)
+    for shard in ("1/2", "2/2"):
+        prepare(monkeypatch, *arguments, "--shard", shard)
+    (out / FILE).unlink()
+    capsys.readouterr()
+    prepare(monkeypatch, *arguments, "--shard", "1/2", "--short-side", 24)
+    assert "run the other shards" in capsys.readouterr().out
+    assert not (out / FILE).exists()
+    prepare(monkeypatch, *arguments, "--short-side", 32)  # in one go, then a shard again: the old parts are stale
+    prepare(monkeypatch, *arguments, "--shard", "1/2", "--short-side", 32)
+    assert {row["height"] for row in read_rows(out / FILE) if not row["error"]} == {"32"}
+
+
+def test_what_ran_out_of_time_is_tried_again(raw, tmp_path, monkeypatch, capsys):
+    arguments = ("vggsound", "--root", raw, "--out", tmp_path / "out", "--workers", 1)
+    prepare(monkeypatch, *arguments, "--time-limit", 0.001)
+    assert all(row["error"] for row in read_rows(tmp_path / "out" / FILE))
+    prepare(monkeypatch, *arguments)
+    rows = read_rows(tmp_path / "out" / FILE)
+    assert [row["path"] for row in rows if row["error"]] == ["train/bad_000009.mp4"]
+
+
+def test_a_video_that_ends_before_it_says_is_pointed_out(make_video, tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    file = make_video(tmp_path / "raw/a.mkv", seconds=6.0, audio_rate=None)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    prepare(monkeypatch, "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1)
+    assert "shorter than declared: 1 (a.mkv)" in (tmp_path / "out/summary.txt").read_text()
 
 
 def test_check_writes_no_video(raw, tmp_path, monkeypatch):
@@ -150,8 +184,9 @@ def test_mistakes(raw, tmp_path, monkeypatch, options, message):
 
 
 def test_the_raw_folder_is_never_written_to(raw, monkeypatch):
-    with pytest.raises(UserError, match="only read"):
-        prepare(monkeypatch, "vggsound", "--root", raw, "--out", raw)
+    for out in (raw, raw / "prepared"):
+        with pytest.raises(UserError, match="only read"):
+            prepare(monkeypatch, "vggsound", "--root", raw, "--out", out)
 
 
 def test_a_crash_and_a_hang_cost_one_file_each(make_video, tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def test_size_is_reduced_to_even_numbers():
     assert prepared_size(720, 1280, 256) == (256, 456)
     assert prepared_size(320, 240, 256) == (320, 240)
     assert prepared_size(321, 241, 256) == (320, 240)
+    assert prepared_size(103, 255, 256) == (102, 254)  # never enlarged
     assert prepared_size(1, 1, 256) == (2, 2)
 
 
