@@ -19,19 +19,20 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import av
 import numpy as np
 
 SLACK = 0.5  # seconds that declared and decoded ends, or packets and frames, may lie apart
-SKIP_MARGIN = 0.35  # seconds before the first frame needed from which every frame is decoded
 PREROLL = 0.3  # seconds of audio decoded before those needed: priming, overlap, mp3's bit reservoir
 FILTER_MARGIN = 0.05  # seconds of audio on both sides that the resampling filter may look at
 JITTER = 0.005  # seconds by which audio time stamps may deviate before that is a gap or an overlap
 SAME_TIME = 1e-9  # seconds; below this, floating-point noise
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4")  # decoders whose NONREF skipping may be changed while they run
+FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31}  # formats of samples that need no swresample
 NOT_MEDIA = ("tty", "bin", "xbin", "adf", "idf")  # demuxers that draw text files as pictures
 
 av.logging.set_level(None)  # damaged files are reported by DecodeError, not by FFmpeg's lines on the console
@@ -105,6 +106,7 @@ def read_clip(
     audio_start: float | None = None,
     audio_seconds: float | None = None,
     sample_rate: int | None = None,
+    crop: tuple[int, int, int, int] | None = None,
 ) -> Clip:
     """Open, read one clip, close. Arguments and errors are those of `VideoFile.read`."""
     with VideoFile(path) as file:
@@ -115,6 +117,7 @@ def read_clip(
             audio_start=audio_start,
             audio_seconds=audio_seconds,
             sample_rate=sample_rate,
+            crop=crop,
         )
 
 
@@ -128,6 +131,7 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         self._container = None
+        self._sparing = True  # until packets' time stamps turn out not to tell which frames there are
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._check_regular_file()
         self._open()
@@ -158,6 +162,7 @@ class VideoFile:
         audio_start: float | None = None,
         audio_seconds: float | None = None,
         sample_rate: int | None = None,
+        crop: tuple[int, int, int, int] | None = None,
     ) -> Clip:
         """Decode the seconds asked for. Naming any argument of a stream asks for it; naming none asks for all there is.
 
@@ -169,10 +174,12 @@ class VideoFile:
             audio_start: seconds; None: the stream's start.
             audio_seconds: duration in seconds; None: to the end.
             sample_rate: Hz; round(audio_seconds * sample_rate) samples. None: the file's own rate.
+            crop: the part of the upright pictures that is wanted, in pixels: top, left, height, width. None: all.
 
         Raises:
             DecodeError: a stream asked for is missing, or cannot be decoded where asked for.
-            ValueError: a duration or rate that is not above 0, a start that is not finite, or less than one frame.
+            ValueError: a duration or rate that is not above 0, a start that is not finite, less than one frame, or a
+                crop that is not inside the pictures.
         """
         _check_arguments((video_start, audio_start), (video_seconds, fps, audio_seconds, sample_rate))
         if video_seconds and fps and not round(video_seconds * fps):
@@ -182,7 +189,7 @@ class VideoFile:
         clip = Clip(np.empty((0, 0, 0, 3), np.uint8), np.empty(0), np.empty(0, np.float32), 0)
         if ask_video or (self.info.video and not ask_audio):
             self._require("video")
-            clip.frames, clip.frame_times = self._read_video(video_start, video_seconds, fps)
+            clip.frames, clip.frame_times = self._read_video(video_start, video_seconds, fps, self._inside(crop))
         if ask_audio or (self.info.audio and not ask_video):
             self._require("audio")
             clip.sample_rate = sample_rate or self.info.audio.sample_rate
@@ -298,7 +305,7 @@ class VideoFile:
     # Decoding
 
     def _runs(self, kind: str, time: float) -> "Iterator[_Run]":
-        """Decode a stream from at or before `time`, then from ever earlier; only the first run skips frames."""
+        """Decode a stream from at or before `time`, then from ever earlier."""
         info = getattr(self.info, kind)
         stream = self._stream(kind)
         end = info.start + (info.duration or math.inf)
@@ -314,7 +321,7 @@ class VideoFile:
                 self._container.seek(int(target / stream.time_base), stream=stream)
             except MediaError:
                 continue
-            yield _Run(self._container, stream, info, from_start=False, skip_before=time if back == 0 else None)
+            yield _Run(self._container, stream, info, from_start=False)
         if not self._at_first_packet:
             self._open()
         self._at_first_packet = False
@@ -333,21 +340,30 @@ class VideoFile:
         next(iter(_Run(self._container, self._stream("video"), self.info.video, from_start=True)), None)
         self._encoder_noted = True
 
-    def _read_video(self, start: float | None, seconds: float | None, fps: float | None) -> tuple:
+    def _read_video(
+        self, start: float | None, seconds: float | None, fps: float | None, crop: tuple[int, int, int, int]
+    ) -> tuple:
         info = self.info.video
         bounded = seconds is not None
         whole = start is None and not bounded
         first = info.start if start is None else start
         stop = first + seconds if bounded else math.inf
         number = round(seconds * fps) if bounded and fps else None
-        step = 1 / info.fps if info.fps else 0.0
-        for run in self._runs("video", -math.inf if whole else first - 3 * step):
-            if fps:
-                chosen = _nearest(run, first, fps, number)
-            else:
-                chosen = _within(run, -math.inf if start is None else first, stop)
-            if run.from_start or run.covers(first, chosen):
-                break
+        if fps:
+            pick, last = partial(_nearest, start=first, fps=fps, number=number), first + ((number or 0) - 1) / fps
+        else:
+            pick, last = partial(_within, start=-math.inf if start is None else first, stop=stop), stop
+        time = -math.inf if whole else first - (3 / info.fps if info.fps else 0.0)
+        chosen = []
+        if bounded and self._sparing:
+            run = next(self._runs("video", time))
+            chosen = run.pick_sparingly(pick, first, last)
+            self._sparing = bool(chosen)
+        if not chosen:
+            for run in self._runs("video", time):
+                chosen = pick(run)
+                if run.from_start or run.covers(first):
+                    break
         asked = f"video {first:.3f} to {stop:.3f} s" if bounded else f"video from {first:.3f} s"
         asked += f" at {fps:g} fps" if fps else ""
         if not chosen:
@@ -356,7 +372,7 @@ class VideoFile:
         if bounded:
             needed = first + np.arange(number) / fps if fps else run.packets_within(first, stop)
             self._check_complete(run, asked, needed, times, needed[-1] if fps else stop)
-        return self._to_rgb(chosen, asked), times
+        return self._to_rgb(chosen, asked, crop), times
 
     def _check_complete(self, run: "_Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float) -> None:
         """Raise DecodeError where the file ends too early or the decoder lost what was `needed` (times, seconds)."""
@@ -366,23 +382,49 @@ class VideoFile:
         if len(lost):
             raise self._error(asked, f"packets around {lost[0]:.3f} s that do not decode")
 
-    def _to_rgb(self, chosen: "list[_Timed]", asked: str) -> np.ndarray:
-        """(T, H, W, 3) uint8, upright; a frame chosen several times is converted once."""
+    def _inside(self, crop: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
         info = self.info.video
-        width, height = (info.width, info.height)[:: -1 if info.rotation % 180 else 1]
-        out = np.empty((len(chosen), info.height, info.width, 3), np.uint8)
+        top, left, height, width = crop or (0, 0, info.height, info.width)
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > info.height or left + width > info.width:
+            raise ValueError(f"a crop must lie inside the {info.height} x {info.width} pictures, found {crop}")
+        return top, left, height, width
+
+    def _to_rgb(self, chosen: "list[_Timed]", asked: str, crop: tuple[int, int, int, int]) -> np.ndarray:
+        """(T, height, width, 3) uint8, upright; a frame chosen several times is converted once."""
+        top, left, height, width = crop
+        out = np.empty((len(chosen), height, width, 3), np.uint8)
         for i, (_, frame) in enumerate(chosen):
             if i and frame is chosen[i - 1][1]:
                 out[i] = out[i - 1]
                 continue
             try:
-                rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+                rows, at_top, at_left = self._rgb_of(frame, crop)
             except MediaError as error:
                 raise self._error(asked, f"a picture that cannot be converted to RGB ({_reason(error)})") from None
-            plane = rgb.planes[0]
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
-            out[i] = np.rot90(rows.reshape(height, width, 3), info.rotation // 90)
+            out[i] = rows[top - at_top : top - at_top + height, left - at_left : left - at_left + width]
         return out
+
+    def _rgb_of(self, frame: "av.VideoFrame", crop: tuple[int, int, int, int]) -> tuple[np.ndarray, int, int]:
+        """A part of the upright picture that holds the crop, uint8 (h, w, 3), and its top and left.
+
+        Only that part is converted where this gives the very pixels of the whole: with 4:2:0 subsampling and even
+        numbers each 2 x 2 pixels have a colour of their own.
+        """
+        info = self.info.video
+        width, height = (info.width, info.height)[:: -1 if info.rotation % 180 else 1]
+        top = left = 0
+        even = not (width % 2 or height % 2 or info.rotation) and (frame.width, frame.height) == (width, height)
+        if even and frame.format.name in ("yuv420p", "yuvj420p") and crop[2:] != (height, width):
+            top, left = crop[0] // 2 * 2, crop[1] // 2 * 2
+            height, width = -(-(crop[0] + crop[2]) // 2) * 2 - top, -(-(crop[1] + crop[3]) // 2) * 2 - left
+            part = av.VideoFrame(width, height, frame.format.name)
+            part.colorspace, part.color_range = frame.colorspace, frame.color_range
+            for to, plane, size in zip(part.planes, frame.planes, (1, 2, 2), strict=True):
+                _pixels(to)[:] = _pixels(plane)[top // size :, left // size :][: height // size, : width // size]
+            frame = part
+        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        rows = _pixels(rgb.planes[0], channels=3).reshape(height, width, 3)
+        return np.rot90(rows, info.rotation // 90), top, left
 
     def _read_audio(self, start: float | None, seconds: float | None, rate: int) -> np.ndarray:
         info = self.info.audio
@@ -431,7 +473,6 @@ class _Run:
         stream: "av.stream.Stream",
         info: VideoInfo | AudioInfo,
         from_start: bool,
-        skip_before: float | None = None,
     ) -> None:
         self.from_start = from_start
         self.declared_end = info.start + (info.duration or math.inf)
@@ -442,31 +483,54 @@ class _Run:
         self.ended = False  # whether the data was read to its end
         self._container, self._stream = container, stream
         self._start, self._step = info.start, 1 / info.fps if getattr(info, "fps", 0) else 0.0
+        self._clock = stream.time_base.numerator, stream.time_base.denominator
         self._from_dts = container.format.name == "avi" and stream.type == "video"
-        skips = skip_before is not None and info.codec in SKIPPING_CODECS and not self._from_dts
-        self._skip_before = skip_before - SKIP_MARGIN if skips else -math.inf
+        self._can_skip = info.codec in SKIPPING_CODECS and not self._from_dts
 
     def __iter__(self) -> Iterator[_Timed]:
-        context = self._stream.codec_context
-        skipping = self._skip_before > -math.inf
         before = None
+        for packet in self._demux():
+            for frame in self._decode(packet):
+                time = self._time(frame, self._start if before is None else before + self._step)
+                self.first = min(self.first, time)
+                yield time, frame
+                before = time
+
+    def pick_sparingly(self, pick: "Callable[[Iterable[_Timed]], list[_Timed]]", first: float, last: float) -> list:
+        """What `pick` takes of this run's frames, without decoding frames that are neither taken nor referred to.
+
+        The time stamps of packets tell which frames there are before one is decoded. Nothing where they do not: where
+        they are missing or doubled, where the decoder gives out other times, or where the run begins after `first`.
+
+        Args:
+            pick: takes frames from those in the order of display; looks at their times alone.
+            first, last: seconds, of what it looks for.
+        """
+        packets = self._packets_up_to(last) if self._can_skip else []
+        times = sorted(time for time, _ in packets)
+        if not packets or math.isnan(sum(times)) or len(set(times)) < len(times):
+            return []
+        wanted = [time for time, _ in pick((time, None) for time in times)]
+        found = dict.fromkeys(wanted)
+        end = 1 + max((i for i, (time, _) in enumerate(packets) if time in found), default=-1)
+        context = self._stream.codec_context
         try:
-            if skipping and self._stream.type == "video":
-                context.skip_frame = "NONREF"
-            for packet in self._demux():
-                if skipping and packet is not None and self._time(packet, -math.inf) >= self._skip_before:
-                    context.skip_frame, skipping = "DEFAULT", False
+            for time, packet in [*packets[:end], (math.nan, None)]:  # None has the decoder give out what it holds back
+                context.skip_frame = "DEFAULT" if time in found or packet is None else "NONREF"
                 for frame in self._decode(packet):
-                    time = self._time(frame, self._start if before is None else before + self._step)
+                    time = self._time(frame, math.nan)
                     self.first = min(self.first, time)
-                    yield time, frame
-                    before = time
+                    if time in found:
+                        found[time] = frame
         finally:
             context.skip_frame = "DEFAULT"
+        if None in found.values() or not (self.from_start or self.covers(first)):
+            return []
+        return [(time, found[time]) for time in wanted]
 
-    def covers(self, first: float, chosen: list[_Timed] = ()) -> bool:
-        """Whether decoding began at or before `first`, and nothing skipped could have been a better choice."""
-        return self.first <= first + SAME_TIME and not (chosen and chosen[0][0] < self._skip_before)
+    def covers(self, first: float) -> bool:
+        """Whether decoding began at or before `first`."""
+        return self.first <= first + SAME_TIME
 
     def packets_within(self, start: float, stop: float) -> np.ndarray:
         """Times of the packets with data from `start` to `stop`, seconds."""
@@ -482,7 +546,7 @@ class _Run:
                     continue
                 time = self._time(packet, self._start)
                 self.packets.append(time)
-                self.reach = max(self.reach, time + float((packet.duration or 0) * self._stream.time_base))
+                self.reach = max(self.reach, time + self._seconds(packet.duration or 0))
                 yield packet
         except MediaError:
             pass  # what is missing is found by comparing `reach` with what the file declares
@@ -490,6 +554,23 @@ class _Run:
             packets.close()
         self.ended = True
         yield None
+
+    def _packets_up_to(self, last: float) -> "list[tuple[float, av.Packet]]":
+        """(time, packet) in the order of decoding, up to where no frame follows that could be shown by `last`.
+
+        A packet without a time stamp has the time NaN.
+        """
+        packets, after = [], math.inf
+        for packet in self._demux():
+            if packet is None:
+                break
+            time = self._time(packet, math.nan) if packet.pts is not None else math.nan
+            packets.append((time, packet))
+            if time >= last:
+                after = min(after, time)
+            if packet.dts is not None and self._seconds(packet.dts) >= after:
+                break
+        return packets
 
     def _decode(self, packet: "av.Packet | None") -> list:
         try:
@@ -499,10 +580,13 @@ class _Run:
 
     def _time(self, item: "av.Packet | av.frame.Frame", otherwise: float) -> float:
         stamp = item.dts if self._from_dts or item.pts is None else item.pts
-        return otherwise if stamp is None else float(stamp * self._stream.time_base)
+        return otherwise if stamp is None else self._seconds(stamp)
+
+    def _seconds(self, ticks: int) -> float:
+        return ticks * self._clock[0] / self._clock[1]
 
 
-def _nearest(run: _Run, start: float, fps: float, number: int | None) -> list[_Timed]:
+def _nearest(run: "_Run | Iterable[_Timed]", start: float, fps: float, number: int | None) -> list[_Timed]:
     """For each time start + i / fps, i < `number`, the frame nearest to it; `number` None: until the frames end."""
     chosen, before = [], None
     for time, frame in run:
@@ -519,7 +603,7 @@ def _nearest(run: _Run, start: float, fps: float, number: int | None) -> list[_T
     return chosen
 
 
-def _within(run: _Run, start: float, stop: float) -> list[_Timed]:
+def _within(run: "_Run | Iterable[_Timed]", start: float, stop: float) -> list[_Timed]:
     """All frames with start <= time < stop."""
     chosen = []
     for time, frame in run:
@@ -550,6 +634,9 @@ def _mono_pieces(run: _Run, stop: float) -> list[tuple[float, np.ndarray]]:
         if time >= stop:
             break
         kind = frame.format.name, frame.layout.name, frame.sample_rate
+        if kind[0] in FULL_SCALE and frame.layout.nb_channels == 1 and frame.sample_rate == run.sample_rate:
+            pieces.append((time, frame.to_ndarray()[0].astype(np.float32) / FULL_SCALE[kind[0]]))
+            continue
         if kind not in resamplers:  # streams may change from mono to stereo on the way
             resamplers[kind] = av.AudioResampler("s32p", "mono", run.sample_rate)
         frame.pts = None
@@ -557,6 +644,12 @@ def _mono_pieces(run: _Run, stop: float) -> list[tuple[float, np.ndarray]]:
             pieces.append((time, mono.to_ndarray()[0].astype(np.float32) / 2**31))
             time += mono.samples / run.sample_rate
     return pieces
+
+
+def _pixels(plane: "av.video.plane.VideoPlane", channels: int = 1) -> np.ndarray:
+    """A view of a plane's 8-bit samples, without what pads its rows: uint8 (h, w * channels)."""
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return rows[: plane.height, : channels * plane.width]
 
 
 def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float, np.ndarray]]:

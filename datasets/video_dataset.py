@@ -266,8 +266,12 @@ def read_frames(
     With `rng` the crop is random, by `transforms`; else the frames are resized to frame_size x frame_size (their aspect
     is not kept) and cropped in the centre.
     """
-    clip = file.read(video_start=start, video_seconds=recipe.video_seconds, fps=recipe.video_fps)
-    return cut_out(torch.from_numpy(clip.frames), recipe, rng)
+    window = {"video_start": start, "video_seconds": recipe.video_seconds, "fps": recipe.video_fps}
+    if rng is None or recipe.transforms != "msc+color":
+        return cut_out(torch.from_numpy(file.read(**window).frames), recipe, rng)
+    box = _random_box(file.info.video.height, file.info.video.width, recipe, rng)
+    frames = torch.from_numpy(file.read(**window, crop=box).frames)
+    return crop_and_resize(frames, (0, 0, *box[2:]), recipe.crop_size, _mode(recipe))
 
 
 def cut_out(frames: torch.Tensor, recipe: ClipRecipe, rng: np.random.Generator | None = None) -> torch.Tensor:
@@ -275,13 +279,20 @@ def cut_out(frames: torch.Tensor, recipe: ClipRecipe, rng: np.random.Generator |
     size = recipe.crop_size
     height, width = frames.shape[1:3]
     if rng is not None and recipe.transforms == "msc+color":
-        box = sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)
-        mode = "bilinear" if recipe.resize == "bilinear" else "bilinear-plain"
-        return crop_and_resize(frames, box, size, mode)
+        return crop_and_resize(frames, _random_box(height, width, recipe, rng), size, _mode(recipe))
     frames = crop_and_resize(frames, (0, 0, height, width), recipe.frame_size, recipe.resize)
     room = recipe.frame_size - size
     top, left = (room // 2, room // 2) if rng is None else rng.integers(room + 1, size=2).tolist()
     return crop_and_resize(frames, (top, left, size, size), size)
+
+
+def _random_box(height: int, width: int, recipe: ClipRecipe, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    return sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)
+
+
+def _mode(recipe: ClipRecipe) -> str:
+    """How a random crop is resized."""
+    return "bilinear" if recipe.resize == "bilinear" else "bilinear-plain"
 
 
 def read_waveform(file: VideoFile, start: float, recipe: ClipRecipe) -> torch.Tensor:

@@ -89,7 +89,11 @@ def run(args: argparse.Namespace) -> None:
     )
     print(table(("variant", "clips/s of CPU time", "ratio", "least", "most", *STAGES), [cells(row) for row in rows]))
     print("".join(f"\n{line}" for line in absent))
-    print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip")
+    print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip\n")
+    skippable = {name: unreferenced(Path(args.root) / name) for name in names}
+    heads = ("raw video", "skippable", *(row["variant"] for row in rows[1:]))
+    print(table(heads, [(name, f"{skippable[name]:.0%}", *ratio_cells(rows[1:], name)) for name in names]))
+    print("\nratios by video; skippable: frames of the raw file that no other refers to")
     epochs = [
         epoch(root, names, recipe, workers, variant) for variant, root in roots.items() for workers in counts(args)
     ]
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
     )
     if args.json:
-        Path(args.json).write_text(json.dumps({"clips": rows, "epochs": epochs}, indent=2))
+        Path(args.json).write_text(json.dumps({"clips": rows, "skippable": skippable, "epochs": epochs}, indent=2))
     if args.png:
         draw(rows, args.png)
 
@@ -112,6 +116,11 @@ class ClipPlace:
     video_start: float
     audio_start: float
     box: tuple[float, float, float, float]  # top, left, height, width
+
+    def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The crop in a picture of this size: top, left, height, width."""
+        top, left, h, w = (round(share * side) for share, side in zip(self.box, (height, width) * 2, strict=True))
+        return top, left, min(h, height - top), min(w, width - left)
 
 
 def draw_clip(path: Path, recipe: ClipRecipe, rng: np.random.Generator) -> ClipPlace:
@@ -164,13 +173,11 @@ def read_ours(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch)
         file.watch = watch
     with file:
         with watch.stage("seek and decode"):
-            frames = file.read(
-                video_start=clip.video_start, video_seconds=recipe.video_seconds, fps=recipe.video_fps
-            ).frames
+            window = {"video_start": clip.video_start, "video_seconds": recipe.video_seconds, "fps": recipe.video_fps}
+            box = clip.pixels(file.info.video.height, file.info.video.width)
+            frames = file.read(**window, crop=box).frames
         with watch.stage("resize"):
-            height, width = frames.shape[1:3]
-            box = [round(share * side) for share, side in zip(clip.box, (height, width) * 2, strict=True)]
-            frames = crop_and_resize(torch.from_numpy(frames), box, recipe.crop_size)
+            frames = crop_and_resize(torch.from_numpy(frames), (0, 0, *box[2:]), recipe.crop_size)
         with watch.stage("audio"):
             sound = file.read(
                 audio_start=clip.audio_start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate
@@ -242,6 +249,23 @@ def cells(row: dict) -> tuple[str, ...]:
     """A row of the console's table."""
     ratios = [f"{row[name]:.2f}" for name in ("ratio", "least", "most")]
     return row["variant"], f"{row['clips_per_s']:.1f}", *ratios, *(f"{ms:.1f}" for ms in row["stages_ms"].values())
+
+
+def ratio_cells(rows: list[dict], name: str) -> list[str]:
+    """One video's ratios, a cell a variant."""
+    return [f"{row['ratio_by_video'][name]:.2f}" for row in rows]
+
+
+def unreferenced(path: Path) -> float:
+    """The share of a file's frames that no other frame refers to, which its decoder can leave out."""
+    with av.open(str(path), metadata_errors="ignore") as file:
+        stream = file.streams.video[0]
+        stream.thread_type, stream.codec_context.skip_frame = "NONE", "NONREF"
+        packets, frames = 0, 0
+        for packet in file.demux(stream):
+            packets += packet.size > 0
+            frames += len(packet.decode())
+    return 1 - frames / packets
 
 
 def counts(args: argparse.Namespace) -> list[int]:

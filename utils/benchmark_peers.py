@@ -67,6 +67,4 @@ def read_decord(path: Path, clip: object, recipe: ClipRecipe, watch: object) -> 
 
 def _resize(frames: torch.Tensor, clip: object, recipe: ClipRecipe, watch: object) -> torch.Tensor:
     with watch.stage("resize"):
-        height, width = frames.shape[1:3]
-        box = [round(share * side) for share, side in zip(clip.box, (height, width) * 2, strict=True)]
-        return crop_and_resize(frames, box, recipe.crop_size)
+        return crop_and_resize(frames, clip.pixels(*frames.shape[1:3]), recipe.crop_size)

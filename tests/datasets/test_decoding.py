@@ -1,6 +1,7 @@
 import os
 import pickle
 import time
+from functools import partial
 
 import av
 import numpy as np
@@ -112,16 +113,78 @@ def test_variable_rate_and_long_gaps(tmp_path, make_video, frame_index):
         assert [frame_index(f) for f in clip.frames] == np.abs(times - targets[:, None]).argmin(1).tolist()
 
 
-def test_skipping_is_used_and_changes_nothing(video):
+def test_skipping_is_used_and_changes_nothing(video, monkeypatch):
     times, frames = decode_all(video)
     starts = np.random.default_rng(1).uniform(0, 3.5, 20)
     assert_nearest(video, times, frames, starts)
+    pick = partial(decoding._nearest, start=3.0, fps=8, number=5)
     with VideoFile(video) as file:
-        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=True, skip_before=3.5)
-        decoded = [time for time, _ in run]
-    assert len(decoded) < 70 and decoded[-21:] == times[-21:].tolist(), "100 frames; all from 3.15 s on"
-    assert run.covers(3.5, [(3.2, None)])
-    assert not run.covers(3.5, [(3.1, None)]), "a skipped frame might have been nearer"
+        given_out = []
+        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=True)
+        decode = run._decode
+        monkeypatch.setattr(run, "_decode", lambda packet: given_out.extend(found := decode(packet)) or found)
+        chosen = run.pick_sparingly(pick, 3.0, 3.5)
+        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=False)
+        assert run.pick_sparingly(pick, 3.0, 3.5) == [], "the file has no more packets"
+    assert [time for time, _ in chosen] == pytest.approx([3.0, 3.12, 3.24, 3.36, 3.48], abs=1e-6)
+    assert len(given_out) < 60, "of the 88 frames up to the last one chosen"
+
+
+def test_what_is_chosen_sparingly_is_what_a_full_decode_gives(media):
+    times, _ = decode_all(media)
+    with VideoFile(media) as sparing, VideoFile(media) as full:
+        for start in np.random.default_rng(2).uniform(times[0] - 0.3, times[-1], 15):
+            full._sparing = False
+            for arguments in ({"fps": 7}, {"fps": 60}, {}):
+                clips = [file.read(video_start=start, video_seconds=0.4, **arguments) for file in (sparing, full)]
+                assert np.array_equal(clips[0].frame_times, clips[1].frame_times)
+                assert np.array_equal(clips[0].frames, clips[1].frames)
+        if media.suffix in (".mp4", ".mkv"):  # an index lets a seek land on a key frame
+            assert sparing._sparing
+
+
+@pytest.mark.parametrize("fault", ["a frame that does not come", "another time", "doubled stamps", "no stamp"])
+def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatch, fault):
+    asked = {"video_start": 2.0, "video_seconds": 1.0, "fps": 8}
+    expected = read_clip(video, **asked)
+    with VideoFile(video) as file:
+        chosen, tried = decoding._Run.pick_sparingly, []
+        decode, list_packets = decoding._Run._decode, decoding._Run._packets_up_to
+
+        def pick_misled(run, *arguments):
+            tried.append(run)
+            if fault == "a frame that does not come":
+                run._decode = lambda packet: decode(run, packet)[1:]
+            elif fault == "another time":
+                run._clock = run._clock[0], run._clock[1] + 1
+                run._packets_up_to = lambda last: [(t + 0.003, p) for t, p in list_packets(run, last)]
+            elif fault == "doubled stamps":
+                run._packets_up_to = lambda last: [(round(t, 1), p) for t, p in list_packets(run, last)]
+            else:
+                run._packets_up_to = lambda last: [(float("nan"), p) for _, p in list_packets(run, last)]
+            return chosen(run, *arguments)
+
+        monkeypatch.setattr(decoding._Run, "pick_sparingly", pick_misled)
+        for _ in range(3):
+            clip = file.read(**asked)
+            assert np.array_equal(clip.frame_times, expected.frame_times)
+            assert np.array_equal(clip.frames, expected.frames)
+    assert len(tried) == 1, "what failed once is not tried on this file again"
+
+
+@pytest.mark.parametrize("made", [{}, {"size": (65, 47), "pixels": "yuv444p"}, {"rotation": 90}, {"size": (66, 48)}])
+def test_a_crop_is_a_part_of_the_whole(tmp_path, make_video, made):
+    path = make_video(tmp_path / "a.mp4", seconds=1, audio_rate=None, **made)
+    asked, rng = {"video_start": 0.2, "video_seconds": 0.3, "fps": 10}, np.random.default_rng(0)
+    with VideoFile(path) as file:
+        whole = file.read(**asked).frames
+        for _ in range(20):
+            height, width = (int(rng.integers(1, side + 1)) for side in whole.shape[1:3])
+            top, left = int(rng.integers(whole.shape[1] - height + 1)), int(rng.integers(whole.shape[2] - width + 1))
+            part = file.read(**asked, crop=(top, left, height, width)).frames
+            assert np.array_equal(part, whole[:, top : top + height, left : left + width])
+        with pytest.raises(ValueError, match="must lie inside"):
+            file.read(**asked, crop=(1, 0, *whole.shape[1:3]))
 
 
 def test_each_chosen_frame_is_converted_once(video, monkeypatch):
@@ -233,6 +296,14 @@ def test_mono_mix_keeps_the_level(tmp_path, make_video, chirp, layout):
     path = make_video(tmp_path / "wide.mov", audio_codec="pcm_s16le", audio_rate=48000, layout=layout, video=False)
     waveform = read_clip(path).waveform
     np.testing.assert_allclose(waveform, chirp(np.arange(len(waveform)) / 48000), atol=1e-3)
+
+
+def test_whole_numbers_need_no_resampler(tmp_path, make_video, monkeypatch):
+    path = make_video(tmp_path / "a.mkv", video=False, audio_codec="flac")
+    direct = read_clip(path).waveform
+    assert len(np.unique(direct)) > 1000
+    monkeypatch.setattr(decoding, "FULL_SCALE", {})
+    assert np.array_equal(direct, read_clip(path).waveform)
 
 
 def test_gaps_are_zeros_and_overlaps_are_trimmed():
