@@ -19,25 +19,21 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import av
 import numpy as np
 
+from datasets.decoder_run import MediaError, Run, Timed, distance, nearest, within
+from datasets.waveform import FILTER_MARGIN, cut, mono_pieces
+
 SLACK = 0.5  # seconds that declared and decoded ends, or packets and frames, may lie apart
 PREROLL = 0.3  # seconds of audio decoded before those needed: priming, overlap, mp3's bit reservoir
-FILTER_MARGIN = 0.05  # seconds of audio on both sides that the resampling filter may look at
-JITTER = 0.005  # seconds by which audio time stamps may deviate before that is a gap or an overlap
-SAME_TIME = 1e-9  # seconds; below this, floating-point noise
-SKIPPING_CODECS = ("h264", "hevc", "mpeg4")  # decoders whose NONREF skipping may be changed while they run
-FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31}  # formats of samples that need no swresample
 NOT_MEDIA = ("tty", "bin", "xbin", "adf", "idf")  # demuxers that draw text files as pictures
 
 av.logging.set_level(None)  # damaged files are reported by DecodeError, not by FFmpeg's lines on the console
-
-MediaError = (av.error.FFmpegError, ValueError, EOFError)
 
 
 class DecodeError(Exception):
@@ -196,7 +192,7 @@ class VideoFile:
             clip.waveform = self._read_audio(audio_start, audio_seconds, clip.sample_rate)
         return clip
 
-    def frames(self) -> "Iterator[_Timed]":
+    def frames(self) -> "Iterator[Timed]":
         """Every frame of the video as (time in seconds, PyAV's frame, not rotated), in the order of display.
 
         Decoded from the file's first packet on, one frame at a time in memory. Iteration ends where the data do.
@@ -304,7 +300,7 @@ class VideoFile:
 
     # Decoding
 
-    def _runs(self, kind: str, time: float) -> "Iterator[_Run]":
+    def _runs(self, kind: str, time: float) -> "Iterator[Run]":
         """Decode a stream from at or before `time`, then from ever earlier."""
         info = getattr(self.info, kind)
         stream = self._stream(kind)
@@ -321,11 +317,11 @@ class VideoFile:
                 self._container.seek(int(target / stream.time_base), stream=stream)
             except MediaError:
                 continue
-            yield _Run(self._container, stream, info, from_start=False)
+            yield Run(self._container, stream, info, from_start=False)
         if not self._at_first_packet:
             self._open()
         self._at_first_packet = False
-        yield _Run(self._container, self._stream(kind), info, from_start=True)
+        yield Run(self._container, self._stream(kind), info, from_start=True)
 
     def _note_encoder(self) -> None:
         """Show the decoder the first packet before a seek where it has to know the encoder's version.
@@ -337,7 +333,7 @@ class VideoFile:
             return
         if not self._at_first_packet:
             self._open()
-        next(iter(_Run(self._container, self._stream("video"), self.info.video, from_start=True)), None)
+        next(iter(Run(self._container, self._stream("video"), self.info.video, from_start=True)), None)
         self._encoder_noted = True
 
     def _read_video(
@@ -350,9 +346,9 @@ class VideoFile:
         stop = first + seconds if bounded else math.inf
         number = round(seconds * fps) if bounded and fps else None
         if fps:
-            pick, last = partial(_nearest, start=first, fps=fps, number=number), first + ((number or 0) - 1) / fps
+            pick, last = partial(nearest, start=first, fps=fps, number=number), first + ((number or 0) - 1) / fps
         else:
-            pick, last = partial(_within, start=-math.inf if start is None else first, stop=stop), stop
+            pick, last = partial(within, start=-math.inf if start is None else first, stop=stop), stop
         time = -math.inf if whole else first - (3 / info.fps if info.fps else 0.0)
         chosen = []
         if bounded and self._sparing:
@@ -374,11 +370,11 @@ class VideoFile:
             self._check_complete(run, asked, needed, times, needed[-1] if fps else stop)
         return self._to_rgb(chosen, asked, crop), times
 
-    def _check_complete(self, run: "_Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float) -> None:
+    def _check_complete(self, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float) -> None:
         """Raise DecodeError where the file ends too early or the decoder lost what was `needed` (times, seconds)."""
         if run.ended and min(stop, run.declared_end) > run.reach + SLACK:
             raise self._error(asked, f"data up to {max(run.reach, 0):.3f} s of the {run.declared_end:.3f} s declared")
-        lost = needed[_distance(needed, found) > _distance(needed, np.array(run.packets)) + SLACK]
+        lost = needed[distance(needed, found) > distance(needed, np.array(run.packets)) + SLACK]
         if len(lost):
             raise self._error(asked, f"packets around {lost[0]:.3f} s that do not decode")
 
@@ -389,7 +385,7 @@ class VideoFile:
             raise ValueError(f"a crop must lie inside the {info.height} x {info.width} pictures, found {crop}")
         return top, left, height, width
 
-    def _to_rgb(self, chosen: "list[_Timed]", asked: str, crop: tuple[int, int, int, int]) -> np.ndarray:
+    def _to_rgb(self, chosen: "list[Timed]", asked: str, crop: tuple[int, int, int, int]) -> np.ndarray:
         """(T, height, width, 3) uint8, upright; a frame chosen several times is converted once."""
         top, left, height, width = crop
         out = np.empty((len(chosen), height, width, 3), np.uint8)
@@ -435,7 +431,7 @@ class VideoFile:
         asked = f"audio {first:.3f} to {stop:.3f} s" if bounded else f"audio from {first:.3f} s"
         for run in self._runs("audio", -math.inf if whole else first - PREROLL):
             try:
-                pieces = _mono_pieces(run, stop + FILTER_MARGIN)
+                pieces = mono_pieces(run, stop + FILTER_MARGIN)
             except MediaError as error:
                 raise self._error(asked, f"samples that cannot be mixed to mono ({_reason(error)})") from None
             if run.from_start or run.covers(first - PREROLL / 2):
@@ -448,7 +444,7 @@ class VideoFile:
         else:
             stop = max(first, found[-1] + len(pieces[-1][1]) / info.sample_rate)
         length = round((seconds if bounded else stop - first) * rate)
-        return _cut(pieces, info.sample_rate, first, rate, length)
+        return cut(pieces, info.sample_rate, first, rate, length)
 
     # Errors
 
@@ -461,246 +457,10 @@ class VideoFile:
         return DecodeError(f"{self.path}: asked for: {asked}; found: {found}".replace("\n", " "))
 
 
-_Timed = tuple[float, "av.video.frame.VideoFrame"]
-
-
-class _Run:
-    """One pass of a decoder over a stream: yields (time, frame) in the order of display, and keeps count."""
-
-    def __init__(
-        self,
-        container: "av.container.InputContainer",
-        stream: "av.stream.Stream",
-        info: VideoInfo | AudioInfo,
-        from_start: bool,
-    ) -> None:
-        self.from_start = from_start
-        self.declared_end = info.start + (info.duration or math.inf)
-        self.first = math.inf  # time of the first frame given out
-        self.sample_rate = getattr(info, "sample_rate", 0)  # Hz
-        self.packets: list[float] = []  # times of the packets with data
-        self.reach = -math.inf  # where the last of them ends
-        self.ended = False  # whether the data was read to its end
-        self._container, self._stream = container, stream
-        self._start, self._step = info.start, 1 / info.fps if getattr(info, "fps", 0) else 0.0
-        self._clock = stream.time_base.numerator, stream.time_base.denominator
-        self._from_dts = container.format.name == "avi" and stream.type == "video"
-        self._can_skip = info.codec in SKIPPING_CODECS and not self._from_dts
-
-    def __iter__(self) -> Iterator[_Timed]:
-        before = None
-        for packet in self._demux():
-            for frame in self._decode(packet):
-                time = self._time(frame, self._start if before is None else before + self._step)
-                self.first = min(self.first, time)
-                yield time, frame
-                before = time
-
-    def pick_sparingly(self, pick: "Callable[[Iterable[_Timed]], list[_Timed]]", first: float, last: float) -> list:
-        """What `pick` takes of this run's frames, without decoding frames that are neither taken nor referred to.
-
-        The time stamps of packets tell which frames there are before one is decoded. Nothing where they do not: where
-        they are missing or doubled, where the decoder gives out other times, or where the run begins after `first`.
-
-        Args:
-            pick: takes frames from those in the order of display; looks at their times alone.
-            first, last: seconds, of what it looks for.
-        """
-        packets = self._packets_up_to(last) if self._can_skip else []
-        times = sorted(time for time, _ in packets)
-        if not packets or math.isnan(sum(times)) or len(set(times)) < len(times):
-            return []
-        wanted = [time for time, _ in pick((time, None) for time in times)]
-        found = dict.fromkeys(wanted)
-        end = 1 + max((i for i, (time, _) in enumerate(packets) if time in found), default=-1)
-        context = self._stream.codec_context
-        try:
-            for time, packet in [*packets[:end], (math.nan, None)]:  # None has the decoder give out what it holds back
-                context.skip_frame = "DEFAULT" if time in found or packet is None else "NONREF"
-                for frame in self._decode(packet):
-                    time = self._time(frame, math.nan)
-                    self.first = min(self.first, time)
-                    if time in found:
-                        found[time] = frame
-        finally:
-            context.skip_frame = "DEFAULT"
-        if None in found.values() or not (self.from_start or self.covers(first)):
-            return []
-        return [(time, found[time]) for time in wanted]
-
-    def covers(self, first: float) -> bool:
-        """Whether decoding began at or before `first`."""
-        return self.first <= first + SAME_TIME
-
-    def packets_within(self, start: float, stop: float) -> np.ndarray:
-        """Times of the packets with data from `start` to `stop`, seconds."""
-        times = np.array(self.packets)
-        return times[(times >= start) & (times < stop)]
-
-    def _demux(self) -> "Iterator[av.Packet | None]":
-        """The packets with data, then None to drain the decoder: also where the data breaks off."""
-        packets = self._container.demux(self._stream)
-        try:
-            for packet in packets:
-                if packet.size == 0:  # PyAV's own drain packet; AVI's and Ogg's "nothing new to show"
-                    continue
-                time = self._time(packet, self._start)
-                self.packets.append(time)
-                self.reach = max(self.reach, time + self._seconds(packet.duration or 0))
-                yield packet
-        except MediaError:
-            pass  # what is missing is found by comparing `reach` with what the file declares
-        finally:
-            packets.close()
-        self.ended = True
-        yield None
-
-    def _packets_up_to(self, last: float) -> "list[tuple[float, av.Packet]]":
-        """(time, packet) in the order of decoding, up to where no frame follows that could be shown by `last`.
-
-        A packet without a time stamp has the time NaN.
-        """
-        packets, after = [], math.inf
-        for packet in self._demux():
-            if packet is None:
-                break
-            time = self._time(packet, math.nan) if packet.pts is not None else math.nan
-            packets.append((time, packet))
-            if time >= last:
-                after = min(after, time)
-            if packet.dts is not None and self._seconds(packet.dts) >= after:
-                break
-        return packets
-
-    def _decode(self, packet: "av.Packet | None") -> list:
-        try:
-            return self._stream.codec_context.decode(packet)
-        except MediaError:
-            return []  # a damaged packet; the caller sees what is missing by its time
-
-    def _time(self, item: "av.Packet | av.frame.Frame", otherwise: float) -> float:
-        stamp = item.dts if self._from_dts or item.pts is None else item.pts
-        return otherwise if stamp is None else self._seconds(stamp)
-
-    def _seconds(self, ticks: int) -> float:
-        return ticks * self._clock[0] / self._clock[1]
-
-
-def _nearest(run: "_Run | Iterable[_Timed]", start: float, fps: float, number: int | None) -> list[_Timed]:
-    """For each time start + i / fps, i < `number`, the frame nearest to it; `number` None: until the frames end."""
-    chosen, before = [], None
-    for time, frame in run:
-        while len(chosen) != number and (target := start + len(chosen) / fps) <= time:
-            earlier = before is not None and target - before[0] <= time - target + SAME_TIME
-            chosen.append(before if earlier else (time, frame))
-        if len(chosen) == number:
-            return chosen
-        before = time, frame
-    while before is not None and (
-        start + len(chosen) / fps < run.reach - SAME_TIME if number is None else len(chosen) < number
-    ):
-        chosen.append(before)
-    return chosen
-
-
-def _within(run: "_Run | Iterable[_Timed]", start: float, stop: float) -> list[_Timed]:
-    """All frames with start <= time < stop."""
-    chosen = []
-    for time, frame in run:
-        if time >= stop - SAME_TIME:
-            break
-        if time >= start - SAME_TIME:
-            chosen.append((time, frame))
-    return chosen
-
-
-def _distance(times: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """From each of `times` to the nearest of `others`, seconds."""
-    if len(others) == 0:
-        return np.full(len(times), np.inf)
-    others = np.sort(others)
-    after = np.searchsorted(others, times)
-    left, right = others[np.maximum(after - 1, 0)], others[np.minimum(after, len(others) - 1)]
-    return np.minimum(np.abs(times - left), np.abs(times - right))
-
-
-def _mono_pieces(run: _Run, stop: float) -> list[tuple[float, np.ndarray]]:
-    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate.
-
-    swresample's matrix is normalised, so that nothing clips, only where the output is not floating-point: mix to int32.
-    """
-    pieces, resamplers = [], {}
-    for time, frame in run:
-        if time >= stop:
-            break
-        kind = frame.format.name, frame.layout.name, frame.sample_rate
-        if kind[0] in FULL_SCALE and frame.layout.nb_channels == 1 and frame.sample_rate == run.sample_rate:
-            pieces.append((time, frame.to_ndarray()[0].astype(np.float32) / FULL_SCALE[kind[0]]))
-            continue
-        if kind not in resamplers:  # streams may change from mono to stereo on the way
-            resamplers[kind] = av.AudioResampler("s32p", "mono", run.sample_rate)
-        frame.pts = None
-        for mono in resamplers[kind].resample(frame):
-            pieces.append((time, mono.to_ndarray()[0].astype(np.float32) / 2**31))
-            time += mono.samples / run.sample_rate
-    return pieces
-
-
 def _pixels(plane: "av.video.plane.VideoPlane", channels: int = 1) -> np.ndarray:
     """A view of a plane's 8-bit samples, without what pads its rows: uint8 (h, w * channels)."""
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return rows[: plane.height, : channels * plane.width]
-
-
-def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float, np.ndarray]]:
-    """Pieces that follow each other as one piece each, where its time stamps agree best.
-
-    Many containers round time stamps, Matroska to milliseconds: a piece that starts within `JITTER` of where the one
-    before ended continues it. Each stamp implies a start of the whole, rounded up or down: it starts midway between the
-    extremes of these, but for the odd outlier.
-    """
-    groups, length = [], 0
-    for time, samples in pieces:
-        if not groups or abs(time - length / rate - groups[-1][0][0]) > JITTER:
-            groups.append(([], []))
-            length = 0
-        starts, parts = groups[-1]
-        starts.append(time - length / rate)
-        parts.append(samples)
-        length += len(samples)
-    return [(np.percentile(starts, (5, 95)).mean(), np.concatenate(parts)) for starts, parts in groups]
-
-
-def _cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate: int, length: int) -> np.ndarray:
-    """`length` samples at `rate` Hz from `start` seconds on; zeros where there is no piece.
-
-    Output samples lie at whole multiples of 1 / rate on the file's clock, wherever the clip starts. To that end the
-    track handed to the resampler starts where a sample of the file and one of the output coincide.
-    """
-    block = native // math.gcd(native, rate)
-    begin = math.floor((start - FILTER_MARGIN) * native / block) * block
-    end = math.ceil((start + length / rate + FILTER_MARGIN) * native) + 1
-    track = np.zeros(end - begin, np.float32)
-    filled = 0
-    for time, samples in _join(pieces, native):
-        at = round(time * native) - begin
-        trim = max(filled - at, 0)
-        part = samples[trim : max(len(track) - at, 0)]
-        if len(part):
-            track[at + trim : at + trim + len(part)] = part
-            filled = at + trim + len(part)
-    if rate != native:
-        track = _resample(track, native, rate)
-    skip = round(start * rate) - begin * rate // native
-    return np.clip(track[skip : skip + length], -1, 1)
-
-
-def _resample(track: np.ndarray, native: int, rate: int) -> np.ndarray:
-    """A mono track at another rate; sample 0 keeps its time."""
-    frame = av.AudioFrame.from_ndarray(track[None], format="fltp", layout="mono")
-    frame.sample_rate = native
-    resampler = av.AudioResampler("fltp", "mono", rate)
-    return np.concatenate([part.to_ndarray()[0] for part in resampler.resample(frame) + resampler.resample(None)])
 
 
 def _check_arguments(starts: tuple, above_0: tuple) -> None:

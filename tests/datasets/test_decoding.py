@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from datasets import decoding
+from datasets import decoder_run, waveform
 from datasets.decoding import DecodeError, VideoFile, probe, read_clip
 
 FORMATS = {
@@ -117,14 +117,14 @@ def test_skipping_is_used_and_changes_nothing(video, monkeypatch):
     times, frames = decode_all(video)
     starts = np.random.default_rng(1).uniform(0, 3.5, 20)
     assert_nearest(video, times, frames, starts)
-    pick = partial(decoding._nearest, start=3.0, fps=8, number=5)
+    pick = partial(decoder_run.nearest, start=3.0, fps=8, number=5)
     with VideoFile(video) as file:
         given_out = []
-        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=True)
+        run = decoder_run.Run(file._container, file._stream("video"), file.info.video, from_start=True)
         decode = run._decode
         monkeypatch.setattr(run, "_decode", lambda packet: given_out.extend(found := decode(packet)) or found)
         chosen = run.pick_sparingly(pick, 3.0, 3.5)
-        run = decoding._Run(file._container, file._stream("video"), file.info.video, from_start=False)
+        run = decoder_run.Run(file._container, file._stream("video"), file.info.video, from_start=False)
         assert run.pick_sparingly(pick, 3.0, 3.5) == [], "the file has no more packets"
     assert [time for time, _ in chosen] == pytest.approx([3.0, 3.12, 3.24, 3.36, 3.48], abs=1e-6)
     assert len(given_out) < 60, "of the 88 frames up to the last one chosen"
@@ -148,8 +148,8 @@ def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatc
     asked = {"video_start": 2.0, "video_seconds": 1.0, "fps": 8}
     expected = read_clip(video, **asked)
     with VideoFile(video) as file:
-        chosen, tried = decoding._Run.pick_sparingly, []
-        decode, list_packets = decoding._Run._decode, decoding._Run._packets_up_to
+        chosen, tried = decoder_run.Run.pick_sparingly, []
+        decode, list_packets = decoder_run.Run._decode, decoder_run.Run._packets_up_to
 
         def pick_misled(run, *arguments):
             tried.append(run)
@@ -164,7 +164,7 @@ def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatc
                 run._packets_up_to = lambda last: [(float("nan"), p) for _, p in list_packets(run, last)]
             return chosen(run, *arguments)
 
-        monkeypatch.setattr(decoding._Run, "pick_sparingly", pick_misled)
+        monkeypatch.setattr(decoder_run.Run, "pick_sparingly", pick_misled)
         for _ in range(3):
             clip = file.read(**asked)
             assert np.array_equal(clip.frame_times, expected.frame_times)
@@ -302,14 +302,14 @@ def test_whole_numbers_need_no_resampler(tmp_path, make_video, monkeypatch):
     path = make_video(tmp_path / "a.mkv", video=False, audio_codec="flac")
     direct = read_clip(path).waveform
     assert len(np.unique(direct)) > 1000
-    monkeypatch.setattr(decoding, "FULL_SCALE", {})
+    monkeypatch.setattr(waveform, "FULL_SCALE", {})
     assert np.array_equal(direct, read_clip(path).waveform)
 
 
 def test_gaps_are_zeros_and_overlaps_are_trimmed():
     ones = np.ones(100, np.float32)
     pieces = [(0.0, ones), (0.1, 2 * ones), (0.5, 3 * ones), (0.55, 4 * ones)]
-    cut = decoding._cut([(t, s / 8) for t, s in pieces], 1000, 0.0, 1000, 700) * 8
+    cut = waveform.cut([(t, s / 8) for t, s in pieces], 1000, 0.0, 1000, 700) * 8
     expected = np.concatenate([ones, 2 * ones, 0 * ones, 0 * ones, 0 * ones, 3 * ones, 4 * ones[:50], 0 * ones[:50]])
     np.testing.assert_array_equal(cut, expected)
 
@@ -318,7 +318,7 @@ def test_rounded_stamps_make_no_gaps():
     rate, size = 44100, 1024
     signal = np.sin(np.arange(50 * size) / 30).astype(np.float32) / 2
     pieces = [(round(k * size / rate, 3), signal[k * size : (k + 1) * size]) for k in range(50)]
-    cut = decoding._cut(pieces, rate, 0.2, rate, 20000)
+    cut = waveform.cut(pieces, rate, 0.2, rate, 20000)
     shift = min(range(-30, 31), key=lambda s: np.abs(cut - signal[8820 + s :][:20000]).max())
     assert np.array_equal(cut, signal[8820 + shift :][:20000]) and abs(shift) <= 3
 
@@ -328,7 +328,7 @@ def test_rounded_stamps_make_no_gaps():
 
 def test_probe_tells_streams_without_decoding(tmp_path, make_video, monkeypatch):
     path = make_video(tmp_path / "start.mp4", seconds=2, video_start=1.0, audio_start=0.5, audio_codec="aac")
-    monkeypatch.setattr(decoding._Run, "__iter__", None)
+    monkeypatch.setattr(decoder_run.Run, "__iter__", None)
     info = probe(str(path))
     assert info.path == str(path) and info.video.codec == "h264" and info.audio.codec == "aac"
     assert (info.video.start, info.video.duration, info.video.fps, info.video.frames) == (1.0, 2.0, 25.0, 50)

@@ -1,0 +1,177 @@
+"""One pass of a decoder over a stream of an open file, and which of its frames a clip takes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets.decoding import AudioInfo, VideoInfo
+
+SAME_TIME = 1e-9  # seconds; below this, floating-point noise
+SKIPPING_CODECS = ("h264", "hevc", "mpeg4")  # decoders whose NONREF skipping may be changed while they run
+
+MediaError = (av.error.FFmpegError, ValueError, EOFError)
+Timed = tuple[float, "av.video.frame.VideoFrame"]
+
+
+class Run:
+    """One pass of a decoder over a stream: yields (time, frame) in the order of display, and keeps count."""
+
+    def __init__(
+        self,
+        container: "av.container.InputContainer",
+        stream: "av.stream.Stream",
+        info: "VideoInfo | AudioInfo",
+        from_start: bool,
+    ) -> None:
+        self.from_start = from_start
+        self.declared_end = info.start + (info.duration or math.inf)
+        self.first = math.inf  # time of the first frame given out
+        self.sample_rate = getattr(info, "sample_rate", 0)  # Hz
+        self.packets: list[float] = []  # times of the packets with data
+        self.reach = -math.inf  # where the last of them ends
+        self.ended = False  # whether the data was read to its end
+        self._container, self._stream = container, stream
+        self._start, self._step = info.start, 1 / info.fps if getattr(info, "fps", 0) else 0.0
+        self._clock = stream.time_base.numerator, stream.time_base.denominator
+        self._from_dts = container.format.name == "avi" and stream.type == "video"
+        self._can_skip = info.codec in SKIPPING_CODECS and not self._from_dts
+
+    def __iter__(self) -> Iterator[Timed]:
+        before = None
+        for packet in self._demux():
+            for frame in self._decode(packet):
+                time = self._time(frame, self._start if before is None else before + self._step)
+                self.first = min(self.first, time)
+                yield time, frame
+                before = time
+
+    def pick_sparingly(self, pick: "Callable[[Iterable[Timed]], list[Timed]]", first: float, last: float) -> list:
+        """What `pick` takes of this run's frames, without decoding frames that are neither taken nor referred to.
+
+        The time stamps of packets tell which frames there are before one is decoded. Nothing where they do not: where
+        they are missing or doubled, where the decoder gives out other times, or where the run begins after `first`.
+
+        Args:
+            pick: takes frames from those in the order of display; looks at their times alone.
+            first, last: seconds, of what it looks for.
+        """
+        packets = self._packets_up_to(last) if self._can_skip else []
+        times = sorted(time for time, _ in packets)
+        if not packets or math.isnan(sum(times)) or len(set(times)) < len(times):
+            return []
+        wanted = [time for time, _ in pick((time, None) for time in times)]
+        found = dict.fromkeys(wanted)
+        end = 1 + max((i for i, (time, _) in enumerate(packets) if time in found), default=-1)
+        context = self._stream.codec_context
+        try:
+            for time, packet in [*packets[:end], (math.nan, None)]:  # None has the decoder give out what it holds back
+                context.skip_frame = "DEFAULT" if time in found or packet is None else "NONREF"
+                for frame in self._decode(packet):
+                    time = self._time(frame, math.nan)
+                    self.first = min(self.first, time)
+                    if time in found:
+                        found[time] = frame
+        finally:
+            context.skip_frame = "DEFAULT"
+        if None in found.values() or not (self.from_start or self.covers(first)):
+            return []
+        return [(time, found[time]) for time in wanted]
+
+    def covers(self, first: float) -> bool:
+        """Whether decoding began at or before `first`."""
+        return self.first <= first + SAME_TIME
+
+    def packets_within(self, start: float, stop: float) -> np.ndarray:
+        """Times of the packets with data from `start` to `stop`, seconds."""
+        times = np.array(self.packets)
+        return times[(times >= start) & (times < stop)]
+
+    def _demux(self) -> "Iterator[av.Packet | None]":
+        """The packets with data, then None to drain the decoder: also where the data breaks off."""
+        packets = self._container.demux(self._stream)
+        try:
+            for packet in packets:
+                if packet.size == 0:  # PyAV's own drain packet; AVI's and Ogg's "nothing new to show"
+                    continue
+                time = self._time(packet, self._start)
+                self.packets.append(time)
+                self.reach = max(self.reach, time + self._seconds(packet.duration or 0))
+                yield packet
+        except MediaError:
+            pass  # what is missing is found by comparing `reach` with what the file declares
+        finally:
+            packets.close()
+        self.ended = True
+        yield None
+
+    def _packets_up_to(self, last: float) -> "list[tuple[float, av.Packet]]":
+        """(time, packet) in the order of decoding, up to where no frame follows that could be shown by `last`.
+
+        A packet without a time stamp has the time NaN.
+        """
+        packets, after = [], math.inf
+        for packet in self._demux():
+            if packet is None:
+                break
+            time = self._time(packet, math.nan) if packet.pts is not None else math.nan
+            packets.append((time, packet))
+            if time >= last:
+                after = min(after, time)
+            if packet.dts is not None and self._seconds(packet.dts) >= after:
+                break
+        return packets
+
+    def _decode(self, packet: "av.Packet | None") -> list:
+        try:
+            return self._stream.codec_context.decode(packet)
+        except MediaError:
+            return []  # a damaged packet; the caller sees what is missing by its time
+
+    def _time(self, item: "av.Packet | av.frame.Frame", otherwise: float) -> float:
+        stamp = item.dts if self._from_dts or item.pts is None else item.pts
+        return otherwise if stamp is None else self._seconds(stamp)
+
+    def _seconds(self, ticks: int) -> float:
+        return ticks * self._clock[0] / self._clock[1]
+
+
+def nearest(run: "Run | Iterable[Timed]", start: float, fps: float, number: int | None) -> list[Timed]:
+    """For each time start + i / fps, i < `number`, the frame nearest to it; `number` None: until the frames end."""
+    chosen, before = [], None
+    for time, frame in run:
+        while len(chosen) != number and (target := start + len(chosen) / fps) <= time:
+            earlier = before is not None and target - before[0] <= time - target + SAME_TIME
+            chosen.append(before if earlier else (time, frame))
+        if len(chosen) == number:
+            return chosen
+        before = time, frame
+    while before is not None and (
+        start + len(chosen) / fps < run.reach - SAME_TIME if number is None else len(chosen) < number
+    ):
+        chosen.append(before)
+    return chosen
+
+
+def within(run: "Run | Iterable[Timed]", start: float, stop: float) -> list[Timed]:
+    """All frames with start <= time < stop."""
+    chosen = []
+    for time, frame in run:
+        if time >= stop - SAME_TIME:
+            break
+        if time >= start - SAME_TIME:
+            chosen.append((time, frame))
+    return chosen
+
+
+def distance(times: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """From each of `times` to the nearest of `others`, seconds."""
+    if len(others) == 0:
+        return np.full(len(times), np.inf)
+    others = np.sort(others)
+    after = np.searchsorted(others, times)
+    left, right = others[np.maximum(after - 1, 0)], others[np.minimum(after, len(others) - 1)]
+    return np.minimum(np.abs(times - left), np.abs(times - right))
