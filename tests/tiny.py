@@ -65,11 +65,16 @@ def command(*arguments: object, script: str = "main-ssl.py", launcher: tuple = (
 
 
 def run(
-    *arguments: object, script: str = "main-ssl.py", launcher: tuple = (), status: int = 0, **options: object
+    *arguments: object,
+    script: str = "main-ssl.py",
+    launcher: tuple = (),
+    status: int = 0,
+    env: dict[str, str] = ENV,
+    **options: object,
 ) -> subprocess.CompletedProcess:
     """Run a script to its end, which must come with this exit status."""
     full = command(*arguments, script=script, launcher=launcher)
-    done = subprocess.run(full, capture_output=True, text=True, env=ENV, timeout=300, **options)
+    done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

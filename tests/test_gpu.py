@@ -1,0 +1,127 @@
+"""What only a GPU can show: whole steps that the host does not wait for, the scripts in each precision, SyncBN.
+
+Skipped without a GPU; with AVSSRL_NEEDS_GPU=1 in the environment they fail there, so that a machine whose GPU got lost
+does not pass unseen.
+"""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.tiny import REPO, differences, run, write_config
+from utils import checkpoint
+from utils.benchmark_forms import Form, Step, synthetic_batch
+from utils.config import load_config
+from utils.distributed import synchronise_bn, wrap
+from utils.stopping import NonFiniteGuard, RunFailed
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and not os.environ.get("AVSSRL_NEEDS_GPU"), reason="PyTorch finds no GPU"
+)
+ENV = {**os.environ, "PYTHONPATH": str(REPO)}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    """Ten short videos with sound."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    return root
+
+
+def small_step(method: str, precision: str, compiled: bool) -> Step:
+    cfg = load_config(REPO / f"configs/demo/{method}.yaml", ["dataset.batch_size=16", "optimizer.lr.base_lr=1e-4"])
+    form = Form(precision, precision, channels_last=True, in_2d=True, device_negatives=True, compiled=compiled)
+    device = torch.device("cuda")
+    return Step(cfg, form, synthetic_batch(cfg, device), device)
+
+
+@pytest.mark.parametrize("method", ["xid", "vicreg"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_host_waits_for_nothing_in_a_step(method, precision):
+    step = small_step(method, precision, compiled=False)
+    step(), step()  # cuDNN's first choices, the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["xid", "vicreg"])
+def test_compiled_steps_train_as_eager_ones_do(method):
+    losses = []
+    for compiled in (False, True):
+        step = small_step(method, "bf16", compiled)
+        with torch._dynamo.config.patch(error_on_recompile=compiled):
+            losses.append(torch.stack([step() for _ in range(20)]).tolist())
+        torch.compiler.reset()
+    eager, compiled = losses
+    assert compiled[0] == pytest.approx(eager[0], rel=0.02)  # bf16: three digits, over 20 layers
+    assert compiled[-1] < compiled[0] and eager[-1] < eager[0]
+    assert compiled[-1] == pytest.approx(eager[-1], rel=0.15)
+
+
+@pytest.mark.parametrize("script", ["main-ssl.py", "main-vicreg.py"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", None])
+def test_a_run_in_each_precision(tmp_path, videos, script, precision):
+    changes = {"precision": precision, "compile": False if precision else None, "monitor_every": 2}
+    output = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=ENV).stdout
+    assert "held out, after 2 epochs" in output
+    rows = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["group"] == "train"]
+    assert len(losses) == 8 and all(map(math.isfinite, losses))
+    state = checkpoint.load(tmp_path / "runs/tiny" / checkpoint.LATEST)
+    assert state["epoch"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_two_runs_of_one_seed_see_the_same_clips_and_draw_the_same_negatives(tmp_path, videos):
+    states = []
+    for name in ("a", "b"):
+        run(write_config(tmp_path, videos, name, precision="fp32", compile=False), env=ENV)
+        states.append(checkpoint.load(tmp_path / "runs" / name / checkpoint.LATEST))
+    assert differences(*states, parts=("audio_stats", "epoch", "step")) == []
+    for name, value in states[0]["model"].items():  # cuDNN's backward kernels add in no fixed order
+        torch.testing.assert_close(states[1]["model"][name], value, rtol=0.05, atol=0.01)
+
+
+def test_the_guard_reads_its_verdict_a_step_late(tmp_path):
+    guard, place = NonFiniteGuard(tmp_path, str, skips=0, scaled=False), {"epoch": 0, "step": 0}
+    good, bad = (torch.tensor(value, device="cuda") for value in (1.0, float("nan")))
+    index = [torch.tensor([3], device="cuda")]
+    assert guard.admits(place, [good], good, {"sim": good}, index)
+    assert guard.admits(place | {"step": 1}, [bad], bad, {"sim": bad}, index)
+    with pytest.raises(RunFailed, match="not finite in epoch 1, step 2"):
+        guard.admits(place | {"step": 2}, [good], good, {"sim": good}, index)
+    assert json.loads((tmp_path / "nonfinite-epoch0-step1.json").read_text())["ranks"][0]["index"] == [3]
+
+
+def batch_norm_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 3), nn.Flatten())
+
+
+def _rank_with_synchronised_bn(rank: int, folder: str) -> None:
+    device = torch.device("cuda", 0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.backends.cudnn.allow_tf32 = False
+    batch = torch.randn(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    net = wrap(synchronise_bn(batch_norm_net().to(device), device), False, device)
+    net(batch.chunk(2)[rank]).square().mean().backward()
+    whole = batch_norm_net().to(device)
+    whole(batch).square().mean().backward()
+    for found, expected in zip(net.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(net.module[1].running_var, whole[1].running_var)
+    dist.destroy_process_group()
+
+
+def test_synchronised_bn_of_two_processes_on_one_gpu_is_that_of_one(run_ranks, tmp_path):
+    run_ranks(_rank_with_synchronised_bn, 2, str(tmp_path))
