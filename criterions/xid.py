@@ -28,12 +28,13 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
     directions. After scoring, in training mode, the rows of the batch over all ranks take in the new embeddings.
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
     device: `pos_cos` and `neg_cos`, the mean cosine of queries with positive and with random negative rows (both
-    directions), and `video_spread`, `audio_spread` of the rank's batch (0 collapsed, 1 uniform on the sphere).
+    directions), and `video_spread`, `audio_spread` of the rank's batch (0 collapsed, 1 uniform on the sphere). Without
+    random negatives `neg_cos` is the mean over the live ones.
 
     Args:
         num_instances: rows of the bank, one a training video.
         embedding_dim: D.
-        num_negatives: random negatives a query.
+        num_negatives: random negatives a query; 0, with `live_targets` alone: none, the loss is that of the batch.
         q: RINCE's q; the first epoch's if `num_epochs` is given.
         lam: RINCE's lambda.
         momentum: the old vector's share in a row's update.
@@ -52,7 +53,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
     Raises:
         UserError: fewer than 2 instances, `N_hard` not below `num_instances`, `q` or `lam` out of range, an unknown
-            `bank_dtype`, or `bank_shards` with hard negatives or fewer than two rows a rank.
+            `bank_dtype`, `bank_shards` with hard negatives or fewer than two rows a rank, or no negatives at all.
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             raise UserError(
                 f"xID: N_hard: expected fewer than num_instances = {num_instances}, found {N_hard}; "
                 "lower loss.args.N_hard"
+            )
+        if not num_negatives and not live_targets:
+            raise UserError(
+                "loss.args.num_negatives: 0 leaves a query no negatives; raise it, or set live_targets: true, which "
+                "takes them from the batch"
             )
         self.num_negatives = num_negatives
         self.momentum = momentum
@@ -170,9 +176,11 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
     @torch.no_grad()
     def _measure(self, video: torch.Tensor, audio: torch.Tensor, v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
+        negatives = torch.stack([cosines[:, : self.num_negatives or None] for _, cosines in (v2a, a2v)])
+        there = negatives > -torch.inf  # a clip's own among the live ones is left out
         return {
             "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
-            "neg_cos": (v2a[1][:, : self.num_negatives].mean() + a2v[1][:, : self.num_negatives].mean()) / 2,
+            "neg_cos": negatives.where(there, 0).sum() / there.sum(),
             "video_spread": spread(video),
             "audio_spread": spread(audio),
         }

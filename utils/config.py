@@ -161,7 +161,7 @@ MODEL_ARGS = {
 LOSS_ARGS = {
     "xID": {
         "num_instances": _positive(int, None, nullable=True),
-        "num_negatives": _positive(int, 1024),
+        "num_negatives": _at_least_0(int, 1024),
         "momentum": _share(0.5),
         "temperature": _positive(float, 0.07),
         "q": _share(0.001),

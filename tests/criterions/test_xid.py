@@ -69,13 +69,14 @@ def test_loss_gradients_and_bank_are_those_of_the_formula(q, monkeypatch):
             assert (criterion.nce_average.rows(name).double() - banks[name]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("number", [7, 0])
 @pytest.mark.parametrize("q", [0, 0.1])
-def test_live_targets_are_those_of_the_formula(q, monkeypatch):
+def test_live_targets_are_those_of_the_formula(q, number, monkeypatch):
     """Positives are the batch's own pairs, its other instances join the bank's negatives, both sides get gradients."""
     video, audio, index = batch(5)
     index[3] = index[1]  # another clip of the same video is no negative
-    negatives = (index[:, None] + torch.arange(1, 8)) % 30
-    criterion = xID(30, 8, **ARGS, temperature=0.1, live_targets=True).double()
+    negatives = (index[:, None] + torch.arange(1, number + 1)) % 30
+    criterion = xID(30, 8, **ARGS | {"num_negatives": number}, temperature=0.1, live_targets=True).double()
     monkeypatch.setattr(criterion.nce_average, "sample_negatives", lambda index, k: negatives)
     banks = copy_of_banks(criterion)
 
@@ -92,6 +93,14 @@ def test_live_targets_are_those_of_the_formula(q, monkeypatch):
     ours = value_and_gradients(lambda v, a: criterion(v, a, index, q=q), video, audio)
     for mine, other in zip(ours, value_and_gradients(slow, video, audio), strict=True):
         assert (mine - other).abs().max() <= 1e-9 * other.abs().max()
+    if number == 0:
+        cosines = F.normalize(video, dim=1) @ F.normalize(audio, dim=1).T
+        assert criterion.stats["neg_cos"] == pytest.approx(cosines[index[:, None] != index].mean().item())
+
+
+def test_without_any_negatives():
+    with pytest.raises(UserError, match=r"num_negatives: 0 leaves a query no negatives.*live_targets: true"):
+        xID(30, 8, num_negatives=0)
 
 
 def test_hard_negatives_join_from_their_epoch_on(monkeypatch):
@@ -226,10 +235,10 @@ def test_stats_tell_alignment_and_collapse():
     assert criterion.stats["audio_spread"].item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("hard", [{}, HARD, {"live_targets": True}])
+@pytest.mark.parametrize("hard", [{}, HARD, {"live_targets": True}, {"live_targets": True, "num_negatives": 0}])
 def test_no_host_sync(no_host_sync, hard):
     video, audio, index = batch(dtype=torch.float32)
-    criterion = xID(30, 8, **ARGS, **hard)
+    criterion = xID(30, 8, **ARGS | hard)
     with no_host_sync():
         criterion(video.requires_grad_(), audio.requires_grad_(), index, epoch=2).backward()
 
