@@ -1,5 +1,6 @@
 """A list of videos -> samples: which clip comes when, how it is cut, what happens when a file is bad."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -396,5 +397,11 @@ def make_loader(
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own: a loader must not advance the run's random numbers
+        worker_init_fn=_begin_worker,
         **options,
     )
+
+
+def _begin_worker(number: int) -> None:
+    """Keep the garbage collector off what a forked worker shares with its parent: its marks would copy every page."""
+    gc.freeze()

@@ -1,5 +1,7 @@
 """datasets.video_dataset: what a position of an epoch holds, and that nothing but the seed decides about it."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -162,3 +164,18 @@ def test_even_windows_leave_out_what_cannot_be_read(videos):
     assert batch["index"].tolist() == [0, 1, 2, 3] and len(batch["failures"]) == 2
     assert set(collate_readable([clips[4]])) == {"failures"}
     assert EvenClips(videos, RECIPE, 2, sound=False)[5]["frames"].shape == (2, 4, 32, 32, 3)
+
+
+class FrozenObjects(torch.utils.data.Dataset):
+    """How many objects the collector leaves alone, in the process that answers."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return gc.get_freeze_count()
+
+
+def test_workers_keep_the_collector_off_shared_pages():
+    frozen = next(iter(make_loader(FrozenObjects(), 1, collate_fn=list)))
+    assert frozen[0] > gc.get_freeze_count() + 10_000
