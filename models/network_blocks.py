@@ -88,17 +88,32 @@ class PointwiseConv(_Conv3dIn2D):
 
 
 class StemConv(_Conv3dIn2D):
-    """A `(3, k, k)` convolution of stride `(1, s, s)`: the frame before, the frame and the one after as channels."""
+    """A `(3, k, k)` convolution of stride `(1, s, s)`: the frame before, the frame and the one after as channels.
+
+    A GPU's matrix units take 16-bit channels in groups of eight: there channels of zeros join the three frames in the
+    copy that is made anyway, or cuDNN would copy the lot again, forward and backward.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, (3, kernel_size, kernel_size), (1, stride, stride))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):  # before there are three of it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, 1, 1))
-        taps = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=4)
-        weight = self.weight.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
-        frames = taps.flatten(0, 1).permute(0, 3, 1, 2)
+        taps = [padded[:, :-2], padded[:, 1:-1], padded[:, 2:]]
+        weight = self.weight.permute(0, 3, 4, 2, 1).flatten(3)  # (out, k, k, 3 * in)
+        missing = -weight.shape[3] % self._channel_group(x)
+        if missing:
+            taps.append(x.new_zeros(1).expand(*taps[0].shape[:4], missing))
+            weight = F.pad(weight, (0, missing))
+        frames, weight = torch.cat(taps, dim=4).flatten(0, 1).permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
         return batch_as_frames(F.conv2d(frames, weight, stride=self.stride[1:], padding=self.padding[1:]), x.shape[0])
+
+    @staticmethod
+    def _channel_group(x: Tensor) -> int:
+        """The number of which the channels should be a multiple."""
+        return 8 if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else 1
 
 
 class SpatialMaxPool(nn.MaxPool3d):

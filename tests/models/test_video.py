@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.network_blocks import StemConv
 from models.video import R2Plus1d
 from utils.errors import UserError
 
@@ -189,6 +190,22 @@ def test_compiles_without_graph_breaks():
     found.sum().backward()
     assert torch.isfinite(model.conv1[0].weight.grad).all()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_a_stem_with_channels_of_zeros_is_the_same(group, monkeypatch):
+    stem = StemConv(3, 16, kernel_size=7, stride=2).double()
+    video, results = torch.randn(2, 3, 5, 20, 24, dtype=torch.float64), []
+    for multiple in (1, group):
+        monkeypatch.setattr(StemConv, "_channel_group", staticmethod(lambda x, multiple=multiple: multiple))
+        inputs = video.clone().requires_grad_()
+        found = stem(inputs)
+        found.square().sum().backward()
+        results.append((found.detach(), inputs.grad, stem.weight.grad))
+        stem.weight.grad = None
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-10, atol=1e-10)
+        assert padded.stride() == plain.stride()
 
 
 def test_runs_under_bf16_autocast():
