@@ -5,13 +5,21 @@
     python3 -m utils.benchmark scaling CFG         # 1 to N processes, and the bytes that they exchange
     python3 -m utils.benchmark bank                # the memory bank over the number of instances
     python3 -m utils.benchmark loader CFG --root RAW [--prepared DIR]    # files, as they are and prepared
+    python3 -m utils.benchmark training CFG --root DIR                   # the loader and the step, alone and together
 
-All but the loader's data are synthetic. Every figure is measured in the same run.
+All but the data of the last two are synthetic. Every figure is measured in the same run.
 """
 
 import argparse
 
-from utils import benchmark_bank, benchmark_inference, benchmark_loader, benchmark_scaling, benchmark_step
+from utils import (
+    benchmark_bank,
+    benchmark_inference,
+    benchmark_loader,
+    benchmark_scaling,
+    benchmark_step,
+    benchmark_training,
+)
 from utils.cli import run_script
 
 COMMANDS = {  # each a module with add_arguments(parser) and run(args)
@@ -20,6 +28,7 @@ COMMANDS = {  # each a module with add_arguments(parser) and run(args)
     "scaling": benchmark_scaling,
     "bank": benchmark_bank,
     "loader": benchmark_loader,
+    "training": benchmark_training,
 }
 
 

@@ -1,0 +1,47 @@
+"""The benchmark of a whole training: what it reports is what was measured, for each kind of run."""
+
+import json
+import sys
+
+import pytest
+
+from tests import tiny
+from utils import benchmark
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    return root
+
+
+@pytest.mark.parametrize("script", tiny.LOSSES)
+def test_loader_and_step_alone_and_together(tmp_path, videos, script, monkeypatch, capsys):
+    out = {name: tmp_path / f"{name}.json" for name in ("figures", "trace")}
+    words = ["training", tiny.write_config(tmp_path, videos, script=script), "--steps", 6, "--png", tmp_path / "a.png"]
+    words += ["--json", out["figures"], "--trace", out["trace"]]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, words)])
+    benchmark.main()
+    told, found = capsys.readouterr().out, json.loads(out["figures"].read_text())
+    rates, steps = found["clips_per_s"], found["steps"]
+    assert set(rates) == {"step", "loader", "both"} and min(rates.values()) > 0
+    assert rates[found["slower"]] == min(rates["step"], rates["loader"])
+    assert f"the slower one: the {found['slower']}" in told and "1 workers, batch 4" in told
+    assert len(steps) == 6 and 0 <= found["wait_share"] < 1
+    for step, following in zip(steps, steps[1:], strict=False):
+        assert step["asked"] <= step["there"] <= step["queued"] <= following["asked"]
+        assert step["begun"] < step["done"]
+    assert steps[-1]["queued"] == pytest.approx(6 * 4 / rates["both"], rel=0.05)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(out["trace"].read_text())["traceEvents"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_number_of_steps_that_measures_nothing(tmp_path, videos, monkeypatch):
+    words = ["training", str(tiny.write_config(tmp_path, videos)), "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    with pytest.raises(UserError, match="--steps 1: expected 2 or more"):
+        benchmark.main()

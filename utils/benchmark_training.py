@@ -1,0 +1,171 @@
+"""Files through the real loader into the real step: clips a second of each alone and of both, and how they overlap.
+
+The loader alone hands out batches that nothing is done with; the step alone trains on one batch that lies on the
+device; together is what a script does. Training is limited by the slower of the two: the share of its speed that both
+together reach says what their overlap costs. (On a CPU the two take the cores from each other, and that share means
+little.) Nothing is saved.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets import build_training
+from utils.benchmark_forms import Step, forms_of
+from utils.benchmark_tools import Run, machine, table, wait, write_json
+from utils.config import load_config
+from utils.errors import UserError
+from utils.prefetch import prefetch
+
+WARM_UP = 3  # steps before each measurement: compilation, cuDNN's choices, full queues
+SHOWN = 12  # steps in the picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `training`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training; num_workers are its own")
+    parser.add_argument("--root", help="the data set; default: the YAML's")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps of each kind; default: %(default)s")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, the times of each step too")
+    parser.add_argument("--png", metavar="FILE", help="draw when the host waits and queues, and the device computes")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace of some steps by torch.profiler, for Perfetto")
+
+
+@dataclass
+class Times:
+    """One step, in seconds since the first: the batch asked for, there, and the step queued; the device at work."""
+
+    asked: float
+    there: float
+    queued: float
+    begun: float = 0.0
+    done: float = 0.0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, write what was asked for."""
+    if args.steps < 2:
+        raise UserError(f"--steps {args.steps}: expected 2 or more")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = load_config(args.cfg, [*args.set, *([f"dataset.root={args.root}"] if args.root else [])])
+    loader = build_training(cfg, device, pairs=cfg["model"]["arch"] == "vicreg_v_wrapper")
+    if cfg["loss"]["name"] == "xID":
+        cfg["loss"]["args"]["num_instances"] = len(loader.dataset.videos)
+    batches, size = endless(loader), cfg["dataset"]["batch_size"]
+    on_device = prefetch(batches, device)
+    step = Step(cfg, forms_of(cfg, device)[0][-1], next(on_device), device)
+
+    def train() -> Times:
+        return one_step(step, on_device)
+
+    for _ in range(WARM_UP):
+        step()
+    alone = {"step": seconds(step, args.steps, device)}
+    for _ in range(WARM_UP):
+        next(batches)
+    alone["loader"] = seconds(lambda: next(batches), args.steps, device)
+    for _ in range(WARM_UP):
+        train()
+    times, together = timeline(train, args.steps, device)
+    rates = {name: size / value for name, value in (*alone.items(), ("both", together))}
+    slower = min(alone, key=lambda name: rates[name])
+    waited = sum(t.there - t.asked for t in times) / (together * args.steps)
+    where = f"{loader.dataset.videos}, {loader.num_workers} workers, batch {size}, {machine(device)['device']}"
+    print(f"{where}, torch {torch.__version__}\n")
+    print(table(("", "ms/step", "clips/s"), [(n, f"{1e3 * size / r:.1f}", f"{r:.1f}") for n, r in rates.items()]))
+    print(f"\nthe slower one: the {slower}; both together reach {rates['both'] / rates[slower]:.0%} of its speed")
+    print(f"waiting for data: {waited:.0%} of the time")
+    if args.json:
+        report = {"cfg": args.cfg, "where": where, "clips_per_s": rates, "slower": slower, "wait_share": waited}
+        write_json(args.json, report | machine(device) | {"steps": times})
+    if args.png:
+        draw(times[:SHOWN], device, where, args.png)
+    if args.trace:
+        record_trace(train, device, args.trace)
+
+
+def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
+    """Batches, epoch after epoch. A batch that could not be read is left out."""
+    for epoch in itertools.count():
+        loader.batch_sampler.start_at(epoch)
+        yield from (batch for batch in loader if "frames" in batch)
+
+
+def one_step(step: Step, batches: Iterator[dict]) -> Times:
+    """Take the next batch and train on it; host times."""
+    asked = time.perf_counter()
+    step.batch = next(batches)
+    there = time.perf_counter()
+    step()
+    return Times(asked, there, time.perf_counter())
+
+
+def seconds(call: Run, steps: int, device: torch.device) -> float:
+    """How long a call takes, the mean of many in a row."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        call()
+    wait(device)
+    return (time.perf_counter() - start) / steps
+
+
+def timeline(train: Callable[[], Times], steps: int, device: torch.device) -> tuple[list[Times], float]:
+    """So many steps in a row: their times, and the seconds a step. On a CPU the device works while the host does."""
+    wait(device)
+    start, events, times = time.perf_counter(), [], []
+    for _ in range(steps):
+        if device.type == "cuda":
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        times.append(train())
+    if device.type == "cuda":
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    wait(device)
+    end = time.perf_counter()
+    for i, t in enumerate(times):
+        t.asked, t.there, t.queued = (moment - start for moment in (t.asked, t.there, t.queued))
+        t.begun, t.done = t.there, t.queued
+        if events:  # what lies between two events on the device, placed so that the last ends with the measurement
+            offset = end - start - events[0].elapsed_time(events[-1]) / 1e3
+            t.begun = max(t.there, offset + events[0].elapsed_time(events[i]) / 1e3)
+            t.done = offset + events[0].elapsed_time(events[i + 1]) / 1e3
+    return times, (end - start) / steps
+
+
+def draw(times: list[Times], device: torch.device, title: str, file: str) -> None:
+    """A row each for waiting and queueing on the host and computing on the device, over time."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(11, 2.4), layout="constrained")
+    rows = {"host: waits for data": ("asked", "there"), "host: queues the step": ("there", "queued")}
+    rows[f"{device.type}: computes"] = ("begun", "done")
+    for row, (begin, end) in enumerate(rows.values()):
+        spans = [(getattr(t, begin), getattr(t, end) - getattr(t, begin)) for t in times]
+        for k in (0, 1):  # neighbouring steps in different shades
+            axes.broken_barh(spans[k::2], (row - 0.4, 0.8), color=f"C{row}", alpha=(1.0, 0.6)[k])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds, the first {len(times)} steps")
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def record_trace(train: Run, device: torch.device, file: str) -> None:
+    """Write what host and device do in some steps, as JSON that chrome://tracing and Perfetto show."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(WARM_UP):
+            train()
+        wait(device)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(file)
