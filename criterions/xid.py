@@ -142,16 +142,6 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
                 bank.update(index, video, audio, self.momentum)
             return (losses[0] + losses[1]) / 2
 
-    @torch.no_grad()
-    def fill(self, index: torch.Tensor, video_emb: torch.Tensor, audio_emb: torch.Tensor) -> None:
-        """Set the bank's rows `index` (N,) to the directions of the embeddings (N, D), over all ranks.
-
-        For a bank that starts from the untrained network's embeddings. Every rank must come with the same N.
-        """
-        dtype = torch.promote_types(self.nce_average.view1_mem.dtype, torch.float32)
-        video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
-        self.nce_average.update(index, video, audio, momentum=0.0)
-
     def assemble(self) -> None:
         """Before rank 0 saves, every rank calls this: the others hand it their parts of a bank in shards."""
         if self.nce_average.sharded and not is_main():

@@ -76,10 +76,10 @@ def check_steps(options, rank, world_size):
     bank = sharded.nce_average
     for name in ("video", "audio"):
         assert torch.equal(bank.rows(name), whole.nce_average.rows(name)[bank.start : bank.stop])
-    new = torch.arange(1.0, SHARE * DIM + 1).view(SHARE, DIM)
+    new = torch.nn.functional.normalize(torch.arange(1.0, SHARE * DIM + 1).view(SHARE, DIM), dim=1)
     filled = (torch.arange(SHARE) + SHARE * rank) % INSTANCES
-    sharded.fill(filled, new, -new)
-    whole.fill(filled, new, -new)
+    for criterion in (sharded, whole):
+        criterion.nce_average.update(filled, new, -new, momentum=0.0)
     assert torch.equal(bank.view2_mem, whole.nce_average.view2_mem[bank.start : bank.stop])
     return sharded, whole
 

@@ -208,29 +208,19 @@ def test_q_rises_from_the_first_epoch_to_the_last():
     assert xID(30, 8, **ARGS, q_max=0.5).q_at(6) == 0.1
 
 
-def test_fill_sets_directions_and_nothing_else():
-    criterion, fresh = xID(30, 8), xID(30, 8)
-    video, audio, _ = batch(dtype=torch.float32)
-    index = torch.tensor([3, 9, 20, 11])
-    criterion.fill(index, video, audio)
-    torch.testing.assert_close(criterion.nce_average.view1_mem[index], F.normalize(video, dim=1))
-    torch.testing.assert_close(criterion.nce_average.view2_mem[index], F.normalize(audio, dim=1))
-    others = [row for row in range(30) if row not in index]
-    assert torch.equal(criterion.nce_average.view1_mem[others], fresh.nce_average.view1_mem[others])
-
-
 def test_stats_tell_alignment_and_collapse():
     criterion = xID(500, 16, num_negatives=200)
     rows = F.normalize(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     index = torch.arange(500)
-    criterion.fill(index, rows, rows)
+    criterion.nce_average.update(index, rows, rows, momentum=0.0)
     criterion(rows.requires_grad_(), rows, index)
     stats = {name: value.item() for name, value in criterion.stats.items()}
     assert stats["pos_cos"] == pytest.approx(1) and abs(stats["neg_cos"]) < 0.02
     assert stats["video_spread"] == pytest.approx(1, abs=0.03)
     assert not any(value.requires_grad or value.ndim for value in criterion.stats.values())
-    criterion.fill(index, torch.ones(500, 16), torch.ones(500, 16))
-    criterion(torch.ones(500, 16), torch.ones(500, 16), index)
+    same = torch.full((500, 16), 0.25)
+    criterion.nce_average.update(index, same, same, momentum=0.0)
+    criterion(same, same, index)
     assert criterion.stats["neg_cos"].item() == pytest.approx(1)
     assert criterion.stats["audio_spread"].item() == pytest.approx(0, abs=1e-6)
 
