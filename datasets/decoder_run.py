@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datasets.decoding import AudioInfo, VideoInfo
 
 SAME_TIME = 1e-9  # seconds; below this, floating-point noise
+MOST_HELD = 100_000_000  # bytes of packets that are held at once to learn which frames there are
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4")  # decoders whose NONREF skipping may be changed while they run
 
 MediaError = (av.error.FFmpegError, ValueError, EOFError)
@@ -111,14 +112,17 @@ class Run:
     def _packets_up_to(self, last: float) -> "list[tuple[float, av.Packet]]":
         """(time, packet) in the order of decoding, up to where no frame follows that could be shown by `last`.
 
-        A packet without a time stamp has the time NaN.
+        A packet without a time stamp has the time NaN. Nothing where they are more than `MOST_HELD`.
         """
-        packets, after = [], math.inf
+        packets, after, held = [], math.inf, 0
         for packet in self._demux():
             if packet is None:
                 break
             time = self._time(packet, math.nan) if packet.pts is not None else math.nan
             packets.append((time, packet))
+            held += packet.size
+            if held > MOST_HELD:
+                return []
             if time >= last:
                 after = min(after, time)
             if packet.dts is not None and self._seconds(packet.dts) >= after:

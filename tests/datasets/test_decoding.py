@@ -143,7 +143,9 @@ def test_what_is_chosen_sparingly_is_what_a_full_decode_gives(media):
             assert sparing._sparing
 
 
-@pytest.mark.parametrize("fault", ["a frame that does not come", "another time", "doubled stamps", "no stamp"])
+@pytest.mark.parametrize(
+    "fault", ["a frame that does not come", "another time", "doubled stamps", "no stamp", "too much"]
+)
 def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatch, fault):
     asked = {"video_start": 2.0, "video_seconds": 1.0, "fps": 8}
     expected = read_clip(video, **asked)
@@ -158,6 +160,8 @@ def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatc
             elif fault == "another time":
                 run._clock = run._clock[0], run._clock[1] + 1
                 run._packets_up_to = lambda last: [(t + 0.003, p) for t, p in list_packets(run, last)]
+            elif fault == "too much":
+                monkeypatch.setattr(decoder_run, "MOST_HELD", 1000)
             elif fault == "doubled stamps":
                 run._packets_up_to = lambda last: [(round(t, 1), p) for t, p in list_packets(run, last)]
             else:
