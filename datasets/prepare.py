@@ -188,6 +188,8 @@ def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_par
         return
     write_rows(report / FILE, rows.values())
     print(f"manifest: {report / FILE}")
+    for leftover in out.rglob(".*.tmp") if out is not None else ():
+        leftover.unlink(missing_ok=True)  # of a worker that was killed; now that all is done, nobody writes any
     if only_part is not None:
         only_part.unlink()
 

@@ -95,10 +95,12 @@ def test_killed_and_run_again(make_video, tmp_path):
     assert not (out / FILE).exists()  # nobody takes half a folder for the whole
     with part.open("a") as file:
         file.write("17.mp4,,,1.0,2")  # the half line of a killed run
+    (out / ".03.mp4.1.tmp").write_text("the half file of a killed worker")
     ended = subprocess.run(command, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True, check=True)
     assert f" {done} done before, {20 - done} to do" in ended.stdout
     assert len(read_rows(out / FILE)) == 20 and not part.exists()
     assert sorted(p.name for p in out.glob("*.mp4")) == [f"{i:02d}.mp4" for i in range(20)]
+    assert not list(out.glob(".*"))
 
 
 def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
