@@ -1,15 +1,17 @@
 """Tables and pictures of finished runs.
 
     python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
+    python3 -m utils.report curves CFG [CFG ...] [--out curves.png]
     python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
     python3 -m utils.report concepts DIR [DIR ...] [--out concepts.png]
     python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--png FILE] [--map FILE]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
-and the nearest-neighbour accuracy of frozen video features. A folder in place of a command: all evaluations below it in
-one table. `concepts` draws accuracy over the few-shot ratio, on unseen and on seen concepts. `retrieval` is the
-cross-modal retrieval of any known checkpoint on the held-out videos of a configuration, with a picture of queries and
-answers, and a map of the embeddings in two dimensions.
+and the nearest-neighbour accuracy of frozen video features. `curves` draws loss and held-out retrieval over the epochs,
+of runs that still go on too. A folder in place of a command: all evaluations below it in one table. `concepts` draws
+accuracy over the few-shot ratio, on unseen and on seen concepts. `retrieval` is the cross-modal retrieval of any known
+checkpoint on the held-out videos of a configuration, with a picture of queries and answers, and a map of the embeddings
+in two dimensions.
 """
 
 import argparse
@@ -47,6 +49,9 @@ def main() -> None:
     demo = commands.add_parser("demo", help="what runs on the demo data set have learned: a table and a picture")
     demo.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of finished runs")
     demo.add_argument("--out", default="demo.png", help="the picture")
+    curves = commands.add_parser("curves", help="loss and held-out retrieval of runs over their epochs: a picture")
+    curves.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of runs with monitor_every above 0")
+    curves.add_argument("--out", default="curves.png", help="the picture")
     results = commands.add_parser("results", help="the accuracies of all evaluations below a folder: one table")
     results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
     results.add_argument("--form", choices=("text", "markdown", "csv"), default="text")
@@ -66,6 +71,8 @@ def main() -> None:
     args = parser.parse_args(arguments)
     if args.command == "demo":
         report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+    elif args.command == "curves":
+        report_curves([load_config(cfg) for cfg in args.cfgs], Path(args.out))
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
     elif args.command == "concepts":
@@ -138,6 +145,19 @@ def report_demo(cfgs: list[dict], out: Path) -> None:
     print(f"picture: {out}")
 
 
+def report_curves(cfgs: list[dict], out: Path) -> None:
+    """Draw the runs' losses and held-out retrieval."""
+    for cfg in cfgs:
+        if not any(row["epoch"] for row in read_metrics(run_folder(cfg), "retrieval")):
+            raise UserError(f"{run_folder(cfg)}: no held-out retrieval yet; pre-train with monitor_every above 0")
+    videos = len(build_held_out(cfgs[0], torch.device("cpu")).dataset)
+    figure = plt.figure(figsize=(4 * len(cfgs) + 4, 3.8), layout="constrained")
+    draw_curves(figure, cfgs, 100 * min(1.0, 10 / videos))
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    print(f"picture: {out}")
+
+
 def run_folder(cfg: dict) -> Path:
     """Where a run's output lies."""
     return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
@@ -194,7 +214,15 @@ def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
     """Loss and retrieval over the epochs, and queries of the first run with the sounds it finds for them."""
     figure = plt.figure(figsize=(12, 10), layout="constrained")
     curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
-    *loss_axes, recall_axis = curves.subplots(1, len(cfgs) + 1)
+    draw_curves(curves, cfgs, rows["chance"]["v2a_R@10"])
+    draw_retrieval(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
+    """Each run's loss and, together, the runs' R@10 in percent over the epochs; `chance` is that of R@10."""
+    *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1)
     for cfg, loss_axis in zip(cfgs, loss_axes, strict=True):
         name, folder = cfg["model"]["name"], run_folder(cfg)
         train, held_out = read_metrics(folder, "train"), read_metrics(folder, "retrieval")
@@ -204,14 +232,11 @@ def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
         for direction, style in (("v2a", "-"), ("a2v", "--")):
             epochs, recall = zip(*((r["epoch"], r[f"{direction}_R@10"]) for r in held_out), strict=True)
             recall_axis.plot(epochs, recall, style, marker="o", label=f"{name}, {direction}")
-    recall_axis.axhline(rows["chance"]["v2a_R@10"], color="gray", linestyle=":", label="chance")
+    recall_axis.axhline(chance, color="gray", linestyle=":", label="chance")
     recall_axis.set(xlabel="epoch", ylabel="R@10, percent", ylim=(0, None), title="Held-out cross-modal retrieval")
     recall_axis.legend(fontsize=8)
     for axis in (*loss_axes, recall_axis):
         axis.grid(alpha=0.3)
-    draw_retrieval(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
 
 
 def draw_retrieval(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor]) -> None:
