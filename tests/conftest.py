@@ -149,6 +149,15 @@ def clips_root():
     return Path(root)
 
 
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, make_video):
+    """A folder of ten short videos with sound, for runs of tests.tiny."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(10):
+        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
+    return root
+
+
 @pytest.fixture(scope="session")
 def run_ranks():
     """`run_ranks(worker, nprocs, *args)` runs `worker(rank, *args)` in processes and waits for them."""

@@ -26,15 +26,6 @@ pytestmark = pytest.mark.skipif(
 ENV = {**os.environ, "PYTHONPATH": str(REPO)}
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory, make_video):
-    """Ten short videos with sound."""
-    root = tmp_path_factory.mktemp("videos")
-    for i in range(10):
-        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
-    return root
-
-
 def small_step(method: str, precision: str, compiled: bool) -> Step:
     cfg = load_config(REPO / f"configs/demo/{method}.yaml", ["dataset.batch_size=16", "optimizer.lr.base_lr=1e-4"])
     form = Form(precision, precision, channels_last=True, in_2d=True, device_negatives=True, compiled=compiled)

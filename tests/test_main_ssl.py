@@ -15,15 +15,6 @@ from tests.tiny import ENV, TORCHRUN, command, differences, run, write_config
 from utils import checkpoint
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory, make_video):
-    """Ten short videos with sound."""
-    root = tmp_path_factory.mktemp("videos")
-    for i in range(10):
-        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
-    return root
-
-
 @pytest.fixture
 def config(tmp_path, videos):
     """Writes variants of a configuration that trains in seconds."""

@@ -15,15 +15,6 @@ from utils import checkpoint
 SCRIPT = "main-vicreg.py"
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory, make_video):
-    """Ten short videos with sound."""
-    root = tmp_path_factory.mktemp("videos")
-    for i in range(10):
-        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
-    return root
-
-
 def final(folder, name):
     return checkpoint.load(folder / "runs" / name / checkpoint.LATEST)
 

@@ -10,14 +10,6 @@ from utils import benchmark
 from utils.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory, make_video):
-    root = tmp_path_factory.mktemp("videos")
-    for i in range(10):
-        make_video(root / f"clip{i}.mp4", seconds=1.6, fps=16, size=(64, 48), audio_rate=16000)
-    return root
-
-
 @pytest.mark.parametrize("script", tiny.LOSSES)
 def test_loader_and_step_alone_and_together(tmp_path, videos, script, monkeypatch, capsys):
     out = {name: tmp_path / f"{name}.json" for name in ("figures", "trace")}
