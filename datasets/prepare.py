@@ -12,10 +12,12 @@ also when it crashes the decoder or holds it for longer than `--time-limit`; its
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +91,8 @@ def prepare(args: argparse.Namespace) -> None:
     for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
     merge_parts(report, prints, out, part if shards == 1 else None)
+    if out is not None:
+        clear_leftovers(out, args.time_limit)
     rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
     summary = summarise(list(rows.values()))
     (report / "summary.txt").write_text(summary)
@@ -188,10 +192,16 @@ def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_par
         return
     write_rows(report / FILE, rows.values())
     print(f"manifest: {report / FILE}")
-    for leftover in out.rglob(".*.tmp") if out is not None else ():
-        leftover.unlink(missing_ok=True)  # of a worker that was killed; now that all is done, nobody writes any
     if only_part is not None:
         only_part.unlink()
+
+
+def clear_leftovers(out: Path, time_limit: float) -> None:
+    """Delete half files of killed workers: nobody wrote to them for `time_limit` seconds, which a video may take."""
+    for half in out.rglob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another shard was done with it
+            if time.time() - half.stat().st_mtime > time_limit:
+                half.unlink()
 
 
 def summarise(rows: list[dict]) -> str:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     for _ in range(WARM_UP):
         step()
     alone = {"step": seconds(step, args.steps, device)}
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):  # what has queued up in the meantime
         next(batches)
     alone["loader"] = seconds(lambda: next(batches), args.steps, device)
     for _ in range(WARM_UP):
@@ -91,10 +91,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
-    """Batches, epoch after epoch. A batch that could not be read is left out."""
+    """Batches, epoch after epoch.
+
+    Raises:
+        UserError: a batch holds a clip for which no video could be read.
+    """
     for epoch in itertools.count():
         loader.batch_sampler.start_at(epoch)
-        yield from (batch for batch in loader if "frames" in batch)
+        for batch in loader:
+            if "frames" not in batch:
+                raise UserError(f"no video could be read for a clip; the last one tried: {batch['failures'][-1][1]}")
+            yield batch
 
 
 def one_step(step: Step, batches: Iterator[dict]) -> Times:

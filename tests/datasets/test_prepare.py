@@ -95,12 +95,15 @@ def test_killed_and_run_again(make_video, tmp_path):
     assert not (out / FILE).exists()  # nobody takes half a folder for the whole
     with part.open("a") as file:
         file.write("17.mp4,,,1.0,2")  # the half line of a killed run
-    (out / ".03.mp4.1.tmp").write_text("the half file of a killed worker")
+    for name, age in ((".03.mp4.1.tmp", 1e6), (".04.mp4.2.tmp", 0)):
+        (out / name).write_text("a half file")
+        os.utime(out / name, (time.time() - age,) * 2)
     ended = subprocess.run(command, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True, check=True)
     assert f" {done} done before, {20 - done} to do" in ended.stdout
     assert len(read_rows(out / FILE)) == 20 and not part.exists()
     assert sorted(p.name for p in out.glob("*.mp4")) == [f"{i:02d}.mp4" for i in range(20)]
-    assert not list(out.glob(".*"))
+    assert not (out / ".03.mp4.1.tmp").exists(), "a killed worker's"
+    assert (out / ".04.mp4.2.tmp").exists(), "another shard's, which may be writing to it"
 
 
 def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):

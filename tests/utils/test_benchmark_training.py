@@ -32,6 +32,16 @@ def test_loader_and_step_alone_and_together(tmp_path, videos, script, monkeypatc
     assert not (tmp_path / "runs").exists()
 
 
+def test_videos_that_cannot_be_read_end_it(tmp_path, monkeypatch):
+    (tmp_path / "videos").mkdir()
+    for i in range(10):
+        (tmp_path / "videos" / f"{i}.mp4").write_text("no video")
+    words = ["training", str(tiny.write_config(tmp_path, tmp_path / "videos"))]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    with pytest.raises(UserError, match=r"no video could be read.*\.mp4: asked for: open"):
+        benchmark.main()
+
+
 def test_a_number_of_steps_that_measures_nothing(tmp_path, videos, monkeypatch):
     words = ["training", str(tiny.write_config(tmp_path, videos)), "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *words])
