@@ -75,7 +75,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
     drifts = cfg["encoder_bn"] == "train"
-    encoder = FrozenEncoder(extractor, VideoPrep().to(device), precision.autocast, device, drifts)
+    encoder = FrozenEncoder(
+        extractor, VideoPrep(cfg["dataset"]["color"]).to(device), precision.autocast, device, drifts
+    )
     failures = evaluation.Failures(args.allow_missing)
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts={p.name: list(p.classes) for p in parts})
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(train, test), recipe)

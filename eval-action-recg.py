@@ -109,7 +109,7 @@ def fine_tune(
     writer: MetricsWriter,
 ) -> Outcome | None:
     """Train on the videos of one part, from the stored `state` on, and test. Rank 0 returns the outcome."""
-    precision, prepare = Precision(cfg["precision"], device), VideoPrep().to(device)
+    precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
     data, schedule = cfg["dataset"], cfg["optimizer"]
     warmup = schedule["warmup_epochs"] if schedule["warmup_classifier"] else 0
     num_epochs = warmup + schedule["num_epochs"]

@@ -5,6 +5,7 @@ device applies them. So a sample does not depend on the batch, the process or th
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -74,10 +75,14 @@ class VideoPrep(nn.Module):
     `augmentation` (N, 5) is what `draw_video_augmentation` drew, one draw a clip; None leaves the clips as they are.
     Jitters come in the order brightness, contrast, saturation, hue, each clipped to [0, 1], with the meaning that they
     have in torchvision: contrast blends with the mean gray of a frame, hue turns the HSV wheel.
+
+    Args:
+        color: the jitters that the draws come from; a step whose jitter is 0 is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, color: Sequence[float] = (1.0, 1.0, 1.0, 0.5)) -> None:
         super().__init__()
+        self.color = tuple(color)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
         self.register_buffer("gray", torch.tensor(GRAY), persistent=False)
@@ -91,13 +96,17 @@ class VideoPrep(nn.Module):
 
     def _augment(self, clips: Tensor, augmentation: Tensor) -> Tensor:
         flip, brightness, contrast, saturation, hue = augmentation.view(-1, 5, 1, 1, 1, 1).unbind(1)
+        brightness_jitter, contrast_jitter, saturation_jitter, hue_jitter = self.color
         clips = torch.where(flip > 0, clips.flip(3), clips)
-        clips = (clips * brightness).clamp(0, 1)
-        mean_gray = (clips * self.gray).sum(4, keepdim=True).mean((2, 3), keepdim=True)
-        clips = torch.lerp(mean_gray, clips, contrast).clamp(0, 1)
-        gray = (clips * self.gray).sum(4, keepdim=True)
-        clips = torch.lerp(gray, clips, saturation).clamp(0, 1)
-        return turn_hue(clips, hue)
+        if brightness_jitter:
+            clips = (clips * brightness).clamp(0, 1)
+        if contrast_jitter:
+            mean_gray = (clips * self.gray).sum(4, keepdim=True).mean((2, 3), keepdim=True)
+            clips = torch.lerp(mean_gray, clips, contrast).clamp(0, 1)
+        if saturation_jitter:
+            gray = (clips * self.gray).sum(4, keepdim=True)
+            clips = torch.lerp(gray, clips, saturation).clamp(0, 1)
+        return turn_hue(clips, hue) if hue_jitter else clips
 
 
 def turn_hue(rgb: Tensor, turns: Tensor) -> Tensor:
@@ -217,7 +226,7 @@ class BatchPrep(nn.Module):
 
     def __init__(self, dataset: dict, audio_stats: dict[str, Tensor] | None, device: torch.device) -> None:
         super().__init__()
-        self.video = VideoPrep()
+        self.video = VideoPrep(dataset["color"])
         self.audio = None
         if audio_stats is not None:
             self.audio = AudioPrep(dataset["audio_srate"], dataset["spec_params"], **audio_stats)

@@ -21,6 +21,7 @@ from datasets.preprocessing import (
     num_spectrogram_frames,
 )
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
 
@@ -403,5 +404,9 @@ def make_loader(
 
 
 def _begin_worker(number: int) -> None:
-    """Keep the garbage collector off what a forked worker shares with its parent: its marks would copy every page."""
+    """Keep the garbage collector off what a forked worker shares with its parent: its marks would copy every page.
+
+    The parent's habit of keeping freed memory is not the worker's: there are many of them, and each holds little.
+    """
     gc.freeze()
+    keep_freed_memory(False)

@@ -16,6 +16,7 @@ from criterions import build_criterion
 from criterions.memory_bank import DTYPES
 from utils.benchmark_tools import machine, table, time_in_turns, wait, write_json
 from utils.errors import UserError
+from utils.memory import default_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write the files that were asked for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if min(args.instances) < 2 or max(args.instances) > 10_000_000:
         raise UserError(f"--instances {args.instances}: expected 2 to 10,000,000 each")
     print(

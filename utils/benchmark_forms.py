@@ -14,6 +14,7 @@ from models.network_blocks import PointwiseConv, SpatialConv, SpatialMaxPool, St
 from models.video import R2Plus1d
 from utils.compiling import compiles
 from utils.distributed import synchronise_bn, wrap
+from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
 from utils.precision import Precision
 
@@ -26,16 +27,17 @@ class Form:
 
     name: str
     precision: str
-    channels_last: bool = False  # and fused Adam, on a GPU
+    channels_last: bool = False  # and fused Adam
     in_2d: bool = False  # convolutions and max-pool
     device_negatives: bool = False
+    keeps_memory: bool = False  # freed memory, on a CPU; PyTorch does so on a GPU
     compiled: bool = False
 
 
 def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     """The forms that mean something for this configuration here, and in words those that are left out."""
     gpu, left_out = device.type == "cuda", []
-    form = Form("plain: float32, NCDHW, 3D" + (", unfused Adam" if gpu else ""), "tf32" if gpu else "fp32")
+    form = Form("plain: float32, NCDHW, 3D, unfused Adam", "tf32" if gpu else "fp32")
     forms = [form]
 
     def add(meaningful: bool, why_not: str, name: str, **changes: object) -> None:
@@ -46,11 +48,13 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
 
     precision = Precision(cfg["precision"], device).name
     add(precision != form.precision, "it is that of the plain form", f"+ {precision}", precision=precision)
-    add(True, "", "+ channels_last_3d" + (", fused Adam" if gpu else ""), channels_last=True)
+    add(True, "", "+ channels_last_3d, fused Adam", channels_last=True)
     add(True, "", "+ convolutions and pool in 2D", in_2d=True)
     has_bank, why = cfg["loss"]["name"] == "xID", "a CPU is the device" if not gpu else "this loss draws none"
     add(has_bank and gpu, why, "+ negatives drawn on the device", device_negatives=True)
     forms[-1] = replace(forms[-1], device_negatives=True)
+    why = "PyTorch does so on a GPU" if gpu else "it takes glibc"
+    add(not gpu and keep_freed_memory(), why, "+ freed memory kept", keeps_memory=True)
     asked = cfg["compile"]
     why = "off on a CPU (--set compile=true)" if asked is None and not gpu else "off or not possible here"
     add(compiles(asked, device), why, "+ torch.compile", compiled=True)
@@ -131,6 +135,7 @@ class Step:
         return self.criterion(*embeddings)
 
     def __call__(self) -> Tensor:
+        keep_freed_memory(self.form.keeps_memory)
         loss = self.loss()
         loss.backward()
         self.optimizer.step()

@@ -4,6 +4,7 @@ CFG is an evaluation's YAML (8 frames of 224 pixels, say) or a pre-training's; r
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from models.video import R2Plus1d
 from utils.benchmark_forms import Form, in_3d
 from utils.benchmark_step import Row, add_measuring_arguments, allocated, configured, measure_and_report, seconds_of
 from utils.compiling import compiles
+from utils.memory import default_device, keep_freed_memory
 from utils.precision import Precision
 
 
@@ -38,6 +40,7 @@ class Forward:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
+        keep_freed_memory(self.form.keeps_memory)
         precision = Precision(self.form.precision, self.device)
         with precision.autocast():
             return self.model(self.prepare(self.frames))
@@ -45,7 +48,7 @@ class Forward:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write the files that were asked for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     cfg = configured(args)
     data = cfg["dataset"]
     depth = args.depth or cfg["model"]["args"].get("video_backbone_args", {}).get("depth", 18)
@@ -72,8 +75,10 @@ def inference_forms(cfg: dict, device: torch.device) -> tuple[list[Form], list[s
         left_out.append(f"+ {precision}: left out, it is that of the plain form")
     forms.append(Form("+ channels_last_3d", precision, channels_last=True))
     forms.append(Form("+ convolutions and pool in 2D", precision, channels_last=True, in_2d=True))
+    if not gpu and keep_freed_memory():
+        forms.append(replace(forms[-1], name="+ freed memory kept", keeps_memory=True))
     if compiles(cfg["compile"], device):
-        forms.append(Form("+ torch.compile", precision, channels_last=True, in_2d=True, compiled=True))
+        forms.append(replace(forms[-1], name="+ torch.compile", compiled=True))
     else:
         left_out.append("+ torch.compile: left out, off on a CPU (--set compile=true), or not possible here")
     return forms, left_out

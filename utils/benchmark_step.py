@@ -2,7 +2,8 @@
 
 A step is device preprocessing, forward, backward, optimizer and bank, on a synthetic batch that lies on the device. All
 rows run the same batch in the same process, in turns. The plain form: float32 (on a GPU with TF32), 3D convolutions on
-NCDHW memory, negatives drawn on the CPU, Adam not fused. The audio network is the same in all rows.
+NCDHW memory, negatives drawn on the CPU, Adam not fused and, on a CPU, freed memory given back to the system. The audio
+network is the same in all rows.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from utils.benchmark_tools import (
 )
 from utils.config import load_config
 from utils.errors import UserError
+from utils.memory import default_device
 
 COLUMNS = (
     "variant",
@@ -86,7 +88,7 @@ def configured(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write the files that were asked for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     cfg = configured(args)
     if "benchmark" in cfg:
         raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")

@@ -34,14 +34,15 @@ class Timing:
 def time_in_turns(runs: Sequence[Run], steps: int, rounds: int, device: torch.device) -> list[Timing]:
     """Time `steps` calls of each run, round after round, so that a slow spell of the machine hits all of them alike.
 
-    Each run is called twice before, untimed. On a GPU the host waits at the beginning and the end of a round alone.
+    Each run is called once before, untimed, and once at the beginning of each of its turns: what the run before left in
+    caches and in the allocator is not its doing. On a GPU the host waits at the beginning and the end of a turn alone.
     """
     for run in runs:
-        run()
         run()
     timings = [Timing([]) for _ in runs]
     for _ in range(rounds):
         for run, timing in zip(runs, timings, strict=True):
+            run()
             wait(device)
             start = time.perf_counter()
             for _ in range(steps):
@@ -197,7 +198,7 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
     axes.bar_label(bars, [f"{value:.3g}  ({value / values[0]:.2f}x)" for value in values], padding=4)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.2)
+    axes.set_xlim(0, max(values) * 1.3)
     axes.set_xlabel(unit)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -20,6 +20,7 @@ from utils.benchmark_forms import Step, forms_of
 from utils.benchmark_tools import Run, machine, table, wait, write_json
 from utils.config import load_config
 from utils.errors import UserError
+from utils.memory import default_device
 from utils.prefetch import prefetch
 
 WARM_UP = 3  # steps before each measurement: compilation, cuDNN's choices, full queues
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write what was asked for."""
     if args.steps < 2:
         raise UserError(f"--steps {args.steps}: expected 2 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     cfg = load_config(args.cfg, [*args.set, *([f"dataset.root={args.root}"] if args.root else [])])
     loader = build_training(cfg, device, pairs=cfg["model"]["arch"] == "vicreg_v_wrapper")
     if cfg["loss"]["name"] == "xID":

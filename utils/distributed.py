@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.compiling import compiles
 from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
+from utils.memory import default_device
 
 log = logging.getLogger("avssrl")
 
@@ -274,7 +275,7 @@ def _free_port() -> int:
 def _single_device(gpu: int | None) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpu is None:
-        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+        return default_device()
     if not 0 <= gpu < gpus:
         raise UserError(f"--gpu {gpu}: {gpus} GPUs are visible; leave the option out to run on the CPU")
     torch.cuda.set_device(gpu)
@@ -282,8 +283,8 @@ def _single_device(gpu: int | None) -> torch.device:
 
 
 def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, args: tuple) -> None:
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device = default_device()
+    if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:

@@ -7,11 +7,9 @@ from torch import nn
 
 
 def build_optimizer(optimizer: dict, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a configuration's `optimizer` section; on a GPU its fused form."""
+    """The optimizer of a configuration's `optimizer` section, in its fused form."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": optimizer["lr"]["base_lr"], "weight_decay": optimizer["weight_decay"]}
-    if all(p.is_cuda for p in parameters):
-        options["fused"] = True
+    options = {"lr": optimizer["lr"]["base_lr"], "weight_decay": optimizer["weight_decay"], "fused": True}
     if optimizer["name"] == "sgd":
         return torch.optim.SGD(parameters, momentum=optimizer["betas"][0], nesterov=True, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer["name"]]

@@ -36,6 +36,7 @@ from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import UserError
 from utils.logger import percentages, read_metrics
+from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
 from utils.results import collect, summary
 from utils.retrieval import NEIGHBOURS, cross_modal_retrieval, draw_answers, draw_map, embed, held_out_figures
@@ -92,7 +93,7 @@ def report_results(folder: str, form: str, out: str | None) -> None:
 
 def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     """Cross-modal retrieval of a checkpoint on the held-out videos, which says where the audio statistics are from."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if args.checkpoint:
         state, file = checkpoint.load(args.checkpoint), args.checkpoint
     else:
@@ -123,7 +124,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
 
 def report_demo(cfgs: list[dict], out: Path) -> None:
     """Measure the runs, print the table, draw the picture."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     held_out = build_held_out(cfgs[0], device, most=None)
     labels = held_out.dataset.videos.labels
     count = len(labels)

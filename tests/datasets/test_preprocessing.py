@@ -66,6 +66,14 @@ def test_jitter_equals_torchvision():
     torch.testing.assert_close(ours, images, atol=2e-2, rtol=0)  # torchvision's gray weights have four digits
 
 
+@pytest.mark.parametrize("color", [(0.4, 0.3, 0.0, 0.0), (0.0, 0.0, 0.5, 0.2), (0.0, 0.0, 0.0, 0.0)])
+def test_steps_without_a_jitter_are_left_out_and_no_others(color):
+    rng = np.random.default_rng(3)
+    frames = torch.randint(0, 256, (6, 2, 9, 11, 3), dtype=torch.uint8)
+    draws = torch.from_numpy(np.stack([prep.draw_video_augmentation(list(color), rng) for _ in range(6)]))
+    torch.testing.assert_close(prep.VideoPrep(color)(frames, draws), prep.VideoPrep()(frames, draws), atol=1e-5, rtol=0)
+
+
 def test_draws_stay_within_the_jitter():
     rng = np.random.default_rng(0)
     draws = np.array([prep.draw_video_augmentation([0.4, 1.5, 0.0, 0.2], rng) for _ in range(2000)])
