@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import build_fresh_clips, build_labelled, build_video_clips, training_batches
-from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets import build_fresh_clips, build_video_clips, training_batches
+from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import ClipRecipe, VideoList, epoch_order
@@ -59,13 +59,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
-    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
-    evaluation.check_class_count(cfg, train.classes)
-    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
-    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
-    for part in parts:
-        log.info("%s", part)
+    data = evaluation.load_data(args, cfg, fold)
 
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
@@ -79,25 +73,24 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
         extractor, VideoPrep(cfg["dataset"]["color"]).to(device), precision.autocast, device, drifts
     )
     failures = evaluation.Failures(args.allow_missing)
-    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts={p.name: list(p.classes) for p in parts})
-    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(train, test), recipe)
+    parts = {part.name: list(part.classes) for part in data.parts}
+    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
+    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
 
     stage("Features")
     num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
-    random, even = (
-        max(few, cfg["dataset"]["test"]["final_clips_per_video"]),
-        cfg["dataset"]["test_dense"]["clips_per_video"],
-    )
+    random = max(few, cfg["dataset"]["test"]["final_clips_per_video"])
+    even = cfg["dataset"]["test_dense"]["clips_per_video"]
     views, tests = None, None
     if cfg["feature_views"]:
         augment = cfg["dataset"]["train"]["use_augmentation"]
-        views = clip_features(cfg, train, encoder, failures, augment, random=cfg["feature_views"])
+        views = clip_features(cfg, data.train, encoder, failures, augment, random=cfg["feature_views"])
     if not drifts:
-        tests = clip_features(cfg, test, encoder, failures, random=random, even=even)
+        tests = clip_features(cfg, data.test, encoder, failures, random=random, even=even)
 
     writer, outcome = MetricsWriter(folder), {}
-    for part in parts:
+    for part in data.parts:
         stage(f"Linear classifiers, {part.name} classes")
         probe = LinearProbe(cfg, extractor.names, len(part.classes), device)
         encoder.reset()
@@ -107,7 +100,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
         last_epoch = probe.epoch if cfg["test_only"] else num_epochs
         fresh = None
         if not views and probe.epoch < last_epoch:
-            fresh = build_fresh_clips(cfg, train.subset(part.train), device)
+            fresh = build_fresh_clips(cfg, data.train.subset(part.train), device)
         for epoch in range(probe.epoch, last_epoch):
             torch.manual_seed(1_000_003 * cfg["seed"] + epoch)  # of dropout
             if views:
@@ -117,16 +110,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
             clock, history = StepClock(), []
             for step, (features, labels) in enumerate(batches):
                 features, labels = {k: x.to(device) for k, x in features.items()}, labels.to(device)
-                losses = {}
-                for rate, head in probe.heads.items():
-                    head.train()
-                    by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
-                    set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch))
-                    probe.optimizers[rate].zero_grad()
-                    sum(by_feature.values()).backward()
-                    probe.optimizers[rate].step()
-                    losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
-                history.append(losses)
+                history.append(train_step(probe, features, labels, epoch))
                 clock.count(len(labels))
                 if fresh is not None and (step + 1) % cfg["print_freq"] == 0:
                     place = f"epoch {epoch + 1}/{num_epochs} step {step + 1}/{len(fresh)}"
@@ -144,7 +128,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
                 writer.write(part.name, probe.epoch, figures)
             stored.save(part.name, **probe.state_dict(), drift=encoder.drift())
 
-        clips = tests or clip_features(cfg, test, encoder, failures, random=random, even=even)
+        clips = tests or clip_features(cfg, data.test, encoder, failures, random=random, even=even)
         if is_main():
             features, present = rows_of(clips, part.test)
             outcome[part.name] = Outcome(part.classes, part.test_labels[present], probe.logits(features), random)
@@ -158,12 +142,26 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
         return {}
     facts = evaluation.describe(args, cfg, model_cfg, fold, "linear") | {
         "encoder": {"weights": weights, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
-        "few_shot": evaluation.describe_few_shot(args, cfg, [train.name(row) for row in chosen]),
-        "missing": sorted({*missing, *missing_test}),
+        "few_shot": evaluation.describe_few_shot(args, cfg, [data.train.name(row) for row in data.chosen]),
+        "missing": data.missing,
         "unreadable": failures.names,
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)
+
+
+def train_step(probe: LinearProbe, features: dict[str, Tensor], labels: Tensor, epoch: int) -> dict[str, Tensor]:
+    """One step of each classifier on features (N, D) by name and labels (N,); their losses."""
+    losses = {}
+    for rate, head in probe.heads.items():
+        head.train()
+        by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
+        set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch))
+        probe.optimizers[rate].zero_grad()
+        sum(by_feature.values()).backward()
+        probe.optimizers[rate].step()
+        losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
+    return losses
 
 
 def clip_features(

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import build_fresh_clips, build_labelled, build_video_clips
-from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets import build_fresh_clips, build_video_clips
+from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import VideoList
@@ -54,13 +54,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
-    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
-    evaluation.check_class_count(cfg, train.classes)
-    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
-    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
-    for part in parts:
-        log.info("%s", part)
+    data = evaluation.load_data(args, cfg, fold)
 
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
@@ -68,16 +62,17 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     weights = evaluation.load_encoder(backbone, args, model_cfg)
     log.info("%s; %s", parameter_summary(backbone), weights)
     fingerprint = tensor_hash(backbone.state_dict())
-    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts={p.name: list(p.classes) for p in parts})
-    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(train, test), recipe)
+    parts = {part.name: list(part.classes) for part in data.parts}
+    recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
+    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
     failures, writer, outcome = evaluation.Failures(args.allow_missing), MetricsWriter(folder), {}
-    for part in parts:
+    for part in data.parts:
         stage(f"Fine-tuning, {part.name} classes")
         options = {key: value for key, value in cfg["model"]["args"].items() if key != "n_classes"}
         torch.manual_seed(cfg["seed"])
         model = ClassificationWrapper(copy.deepcopy(backbone), len(part.classes), **options)
-        videos = train.subset(part.train), test.subset(part.test)
+        videos = data.train.subset(part.train), data.test.subset(part.test)
         tested = fine_tune(
             device, cfg, share_bn(model.to(device)), part, *videos, stored, states.get(part.name), failures, writer
         )
@@ -88,8 +83,8 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
         return {}
     facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune") | {
         "encoder": {"weights": weights, "hash": fingerprint},
-        "few_shot": evaluation.describe_few_shot(args, cfg, [train.name(row) for row in chosen]),
-        "missing": sorted({*missing, *missing_test}),
+        "few_shot": evaluation.describe_few_shot(args, cfg, [data.train.name(row) for row in data.chosen]),
+        "missing": data.missing,
         "unreadable": failures.names,
         "recipe": recipe,
     }

@@ -4,10 +4,15 @@ import argparse
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
+from datasets import build_labelled
+from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets.video_dataset import VideoList
 from utils import checkpoint
 from utils.config import flatten, load_config
 from utils.distributed import is_main
@@ -44,6 +49,33 @@ def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str
     cfg["resume"] |= args.resume
     cfg["test_only"] |= args.test_only
     return cfg, model_cfg
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """The videos of one fold. `chosen` are the rows of `train` to train on, `missing` the names of absent files."""
+
+    train: VideoList
+    test: VideoList
+    chosen: np.ndarray
+    parts: list[Part]
+    missing: list[str]
+
+
+def load_data(args: argparse.Namespace, cfg: dict, fold: int) -> FoldData:
+    """The videos of one fold, and the parts that the command line asks for.
+
+    Raises:
+        UserError: bad lists, files that are missing and may not be, or another number of classes than the YAML's.
+    """
+    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    check_class_count(cfg, train.classes)
+    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
+    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
+    for part in parts:
+        log.info("%s", part)
+    return FoldData(train, test, chosen, parts, sorted({*missing, *missing_test}))
 
 
 def folds(cfg: dict) -> list[int]:
