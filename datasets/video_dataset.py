@@ -406,7 +406,7 @@ def make_loader(
 def _begin_worker(number: int) -> None:
     """Keep the garbage collector off what a forked worker shares with its parent: its marks would copy every page.
 
-    The parent's habit of keeping freed memory is not the worker's: there are many of them, and each holds little.
+    The parent's habit of keeping freed memory is not the worker's, nor is what the parent had kept when it forked.
     """
     gc.freeze()
     keep_freed_memory(False)

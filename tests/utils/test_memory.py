@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,22 @@ def left_behind() -> float:
     return resident_mb() - before
 
 
-class LeftBehind(Dataset):
+class Measure(Dataset):
+    """One sample: what a function answers."""
+
+    def __init__(self, function: Callable[[], float]) -> None:
+        self.function = function
+
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> float:
-        return left_behind()
+        return self.function()
 
 
-def in_worker() -> float:
-    """`left_behind` in a data worker of this process."""
-    return next(iter(make_loader(LeftBehind(), 1, collate_fn=sum)))
+def in_worker(function: Callable[[], float]) -> float:
+    """What a function answers in a data worker of this process."""
+    return next(iter(make_loader(Measure(function), 1, collate_fn=sum)))
 
 
 def answers(code: str) -> list[float]:
@@ -64,10 +70,11 @@ def test_freed_memory_is_kept_and_given_back():
 @needs_glibc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the default device is a GPU here")
 def test_a_run_on_a_cpu_keeps_its_own_and_not_its_workers():
-    (workers,) = answers("default_device()\nprint(in_worker())")
-    (own,) = answers("default_device()\nprint(left_behind())")
-    assert own > 0.8 * PIECES * PIECE
+    (workers,) = answers("default_device()\nprint(in_worker(left_behind))")
     assert workers < 0.2 * PIECES * PIECE
+    own, held, workers = answers("default_device()\nprint(left_behind(), resident_mb(), in_worker(resident_mb))")
+    assert own > 0.8 * PIECES * PIECE
+    assert workers < held - 0.8 * PIECES * PIECE
 
 
 def test_the_default_device_is_the_gpu_if_there_is_one():
