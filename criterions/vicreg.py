@@ -19,8 +19,9 @@ class VICLoss(nn.Module):
     Variance and covariance are those of the batch over all ranks, by n - 1. Each is counted on every rank: the mean
     over ranks of the loss, and of its gradients as DDP takes it, are those of one process with the whole batch.
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
-    device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` (mean cosine of
-    x with its y) and `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere).
+    device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` and `neg_cos`
+    (mean cosine of x with its own y and with the others'; until something is learned they are alike) and
+    `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere).
     """
 
     def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0) -> None:
@@ -70,4 +71,6 @@ def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch
 @torch.no_grad()
 def _measure(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    return {"pos_cos": (x * y).sum(dim=1).mean(), "video_spread": spread(x), "audio_spread": spread(y)}
+    n, positive = len(x), (x * y).sum(dim=1).mean()
+    negative = ((x.sum(dim=0) * y.sum(dim=0)).sum() - n * positive) / (n * max(1, n - 1))
+    return {"pos_cos": positive, "neg_cos": negative, "video_spread": spread(x), "audio_spread": spread(y)}

@@ -100,6 +100,9 @@ def test_stats_hold_the_terms_and_tell_a_collapse():
     loss, stats = criterion(x.requires_grad_(), y), criterion.stats
     torch.testing.assert_close(2 * stats["sim"] + 3 * stats["std"] + 4 * stats["cov"], loss.detach())
     assert not any(value.requires_grad or value.ndim for value in stats.values())
+    cosines = torch.nn.functional.cosine_similarity(x.detach()[:, None], y[None], dim=2)
+    torch.testing.assert_close(stats["pos_cos"], cosines.diagonal().mean())
+    torch.testing.assert_close(stats["neg_cos"], cosines[~torch.eye(len(x), dtype=torch.bool)].mean())
     wide = torch.randn(400, 20, generator=torch.Generator().manual_seed(0))
     criterion(wide, torch.ones(400, 20) + 1e-3 * wide)
     assert 0.95 < criterion.stats["video_spread"] < 1.05 and criterion.stats["audio_spread"] < 0.01
