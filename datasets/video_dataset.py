@@ -21,7 +21,7 @@ from datasets.preprocessing import (
     num_spectrogram_frames,
 )
 from utils.errors import UserError
-from utils.memory import keep_freed_memory
+from utils.memory import give_back_freed_memory, keep_freed_memory
 
 MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
 
@@ -410,3 +410,4 @@ def _begin_worker(number: int) -> None:
     """
     gc.freeze()
     keep_freed_memory(False)
+    give_back_freed_memory()
