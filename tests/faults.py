@@ -58,7 +58,9 @@ class Bench:
     def start(self, file: Path, *options: object, launcher: tuple = ()) -> subprocess.Popen:
         """Start a run and wait until it has saved its second step."""
         full = command(file, *options, launcher=launcher)
-        process = subprocess.Popen(full, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            full, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
         metrics = self.folder / "runs" / file.stem / "metrics.jsonl"
         while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
             time.sleep(0.002)
@@ -124,10 +126,17 @@ def terminate(bench: Bench) -> tuple:
     return *ended(process), bench.again(file)
 
 
-def terminate_two(bench: Bench) -> tuple:
+def terminate_group(bench: Bench) -> tuple:
+    file = bench.config("terminate-group")
+    process = bench.start(file)
+    os.killpg(process.pid, signal.SIGTERM)
+    return *ended(process), bench.again(file)
+
+
+def warn_group_of_two(bench: Bench) -> tuple:
     file = bench.config("usr1-two")
     process = bench.start(file, *TWO)
-    process.send_signal(signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)
     return *ended(process), bench.again(file, *TWO)
 
 
@@ -199,7 +208,8 @@ FAULTS = {
     "the same under `torchrun --max-restarts`": kill_rank_torchrun,
     "SIGKILL of a data worker": kill_worker,
     "SIGTERM in mid-epoch": terminate,
-    "SIGUSR1 to two ranks": terminate_two,
+    "SIGTERM to all processes of a run, as `timeout` sends it": terminate_group,
+    "SIGUSR1 to all processes of two ranks, as Slurm sends it": warn_group_of_two,
     "disk full while saving": full_disk,
     "latest checkpoint cut in half": cut,
     "a bit of the latest checkpoint flipped": flip,

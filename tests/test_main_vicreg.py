@@ -49,16 +49,21 @@ def test_video_only(tmp_path, make_video):
     assert "video_only" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, number):
+@pytest.mark.parametrize(
+    ("number", "kill"),
+    [(signal.SIGTERM, os.kill), (signal.SIGUSR1, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.killpg)],
+)
+def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, number, kill):
+    """`killpg` reaches the data workers, too, as Slurm's signals and those of `timeout` do."""
     run(write_config(tmp_path, videos, "whole", SCRIPT), script=SCRIPT)
-    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60)
+    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60, num_workers=1)
     options = ("--distributed", "--nproc", 1) if number == signal.SIGUSR1 else ()
-    process = subprocess.Popen(command(file, *options, script=SCRIPT), env=ENV, stderr=subprocess.PIPE, text=True)
+    full = command(file, *options, script=SCRIPT)
+    process = subprocess.Popen(full, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "runs/stopped/metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2):
         time.sleep(0.002)
-    os.kill(process.pid, number)
+    kill(process.pid, number)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75, message
     assert message.startswith("preempted: stopped by " + number.name) and "run it again" in message

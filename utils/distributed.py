@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -298,6 +299,9 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
 
 
 def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
+    default = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # it ignores what is ignored now, and SIGTERM: it must outlive both
+    signal.signal(signal.SIGUSR1, default)
     messages = mp.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say ourselves who ended and why
     context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)

@@ -19,7 +19,7 @@ from utils.logger import log
 class StopSignal:
     """Notes SIGTERM and SIGUSR1 (Slurm's warning), so that the run can save and end at the next step.
 
-    The loader's workers inherit the handler, and so outlive a signal that goes to the whole process group.
+    The loader's workers outlive both where they go to all processes of a run (`datasets.video_dataset`).
     """
 
     def __init__(self) -> None:
