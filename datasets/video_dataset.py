@@ -410,9 +410,12 @@ def make_loader(
 
 
 def _begin_worker(number: int) -> None:
-    """Keep the garbage collector off what a forked worker shares with its parent: its marks would copy every page.
+    """What a worker does first, about memory and about signals.
 
-    The parent's habit of keeping freed memory is not the worker's, nor is what the parent had kept when it forked.
+    The garbage collector keeps off what a forked worker shares with its parent: its marks would copy every page. The
+    parent's habit of keeping freed memory is not the worker's, nor is what the parent had kept when it forked. Signals
+    that ask a run to stop are for the parent: Slurm and `timeout` send them to every process of a run, and the parent
+    needs its workers until it has saved.
     """
     gc.freeze()
     keep_freed_memory(False)
@@ -424,11 +427,7 @@ def _begin_worker(number: int) -> None:
 
 
 def _leave_when_told_by_the_parent() -> None:
-    """End this worker on the SIGTERM of its own parent, on no other.
-
-    Slurm and `timeout` send their signals to every process of a run. The parent then saves at its next step, for which
-    it needs its workers: torch's handler would let them die, and the run with them, before anything is saved.
-    """
+    """End this worker on its own parent's SIGTERM, on no other; torch's handler would end it on any."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)

@@ -119,25 +119,16 @@ def kill_worker(bench: Bench) -> tuple:
     return *ended(process), bench.again(file)
 
 
-def terminate(bench: Bench) -> tuple:
-    file = bench.config("terminate")
-    process = bench.start(file)
-    process.send_signal(signal.SIGTERM)
-    return *ended(process), bench.again(file)
+def ask_to_stop(name: str, number: signal.Signals, send: Callable, *options: object) -> Callable:
+    """The fault of a signal, which `send` (os.kill, os.killpg) brings to one process or to all of a run."""
 
+    def fault(bench: Bench) -> tuple:
+        file = bench.config(name)
+        process = bench.start(file, *options)
+        send(process.pid, number)
+        return *ended(process), bench.again(file, *options)
 
-def terminate_group(bench: Bench) -> tuple:
-    file = bench.config("terminate-group")
-    process = bench.start(file)
-    os.killpg(process.pid, signal.SIGTERM)
-    return *ended(process), bench.again(file)
-
-
-def warn_group_of_two(bench: Bench) -> tuple:
-    file = bench.config("usr1-two")
-    process = bench.start(file, *TWO)
-    os.killpg(process.pid, signal.SIGUSR1)
-    return *ended(process), bench.again(file, *TWO)
+    return fault
 
 
 def full_disk(bench: Bench) -> tuple:
@@ -207,9 +198,11 @@ FAULTS = {
     "SIGKILL of one rank of two": kill_rank,
     "the same under `torchrun --max-restarts`": kill_rank_torchrun,
     "SIGKILL of a data worker": kill_worker,
-    "SIGTERM in mid-epoch": terminate,
-    "SIGTERM to all processes of a run, as `timeout` sends it": terminate_group,
-    "SIGUSR1 to all processes of two ranks, as Slurm sends it": warn_group_of_two,
+    "SIGTERM in mid-epoch": ask_to_stop("term", signal.SIGTERM, os.kill),
+    "SIGTERM to all processes of a run, as `timeout` sends it": ask_to_stop("term-all", signal.SIGTERM, os.killpg),
+    "SIGUSR1 to all processes of two ranks, as Slurm sends it": ask_to_stop(
+        "usr1-all", signal.SIGUSR1, os.killpg, *TWO
+    ),
     "disk full while saving": full_disk,
     "latest checkpoint cut in half": cut,
     "a bit of the latest checkpoint flipped": flip,

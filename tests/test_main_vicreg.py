@@ -49,14 +49,21 @@ def test_video_only(tmp_path, make_video):
     assert "video_only" in error
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, videos):
+    """The last checkpoint of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(write_config(folder, videos, script=SCRIPT), script=SCRIPT)
+    return final(folder, "tiny")
+
+
 @pytest.mark.parametrize(
     ("number", "kill"),
     [(signal.SIGTERM, os.kill), (signal.SIGUSR1, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.killpg)],
 )
-def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, number, kill):
+def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, whole, number, kill):
     """`killpg` reaches the data workers, too, as Slurm's signals and those of `timeout` do."""
-    run(write_config(tmp_path, videos, "whole", SCRIPT), script=SCRIPT)
-    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60, num_workers=1)
+    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60)
     options = ("--distributed", "--nproc", 1) if number == signal.SIGUSR1 else ()
     full = command(file, *options, script=SCRIPT)
     process = subprocess.Popen(full, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -70,7 +77,7 @@ def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, n
     stopped = final(tmp_path, "stopped")
     assert (stopped["epoch"], stopped["step"]) < (2, 0) and stopped["step"] > 0
     assert "going on from" in run(file, *options, script=SCRIPT).stdout
-    assert differences(final(tmp_path, "stopped"), final(tmp_path, "whole")) == []
+    assert differences(final(tmp_path, "stopped"), whole) == []
 
 
 def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos):

@@ -1,6 +1,9 @@
 """datasets.video_dataset: what a position of an epoch holds, and that nothing but the seed decides about it."""
 
 import gc
+import multiprocessing
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -179,3 +182,27 @@ class FrozenObjects(torch.utils.data.Dataset):
 def test_workers_keep_the_collector_off_shared_pages():
     frozen = next(iter(make_loader(FrozenObjects(), 1, collate_fn=list)))
     assert frozen[0] > gc.get_freeze_count() + 10_000
+
+
+class Slow:
+    """A first sample at once, a second that takes a minute."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(60 * index)
+        return index
+
+
+def test_workers_leave_when_their_parent_says_so_and_nobody_else():
+    batches = iter(make_loader(Slow(), 1, batch_size=None, collate_fn=None))
+    assert next(batches) == 0
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-USR1", str(worker.pid)], check=True)
+    worker.join(1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
