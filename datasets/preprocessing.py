@@ -125,7 +125,7 @@ def turn_hue(rgb: Tensor, turns: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sixths = sixths.unsqueeze(-1) + 6 * turns
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=rgb.device, dtype=rgb.dtype)
+    offsets = torch.arange(5, 0, -2, device=rgb.device, dtype=rgb.dtype)  # made there: a copy would make the host wait
     phase = torch.remainder(sixths + offsets, 6)
     return value.unsqueeze(-1) - chroma.unsqueeze(-1) * torch.minimum(phase, 4 - phase).clamp(0, 1)
 

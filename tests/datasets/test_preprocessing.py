@@ -6,9 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from datasets import preprocessing as prep
 
+SPEC = {"n_fft": 256, "hop_length": 128, "n_mels": 16}
 IDENTITY = torch.tensor([[0.0, 1, 1, 1, 0]])
 
 
@@ -28,6 +32,35 @@ def test_clips_keep_their_memory_layout():
     expected = (frames[1, 2, 3, 4] / 255 - torch.tensor(prep.IMAGENET_MEAN)) / torch.tensor(prep.IMAGENET_STD)
     torch.testing.assert_close(clips[1, :, 2, 3, 4], expected)
     torch.testing.assert_close(prep.VideoPrep()(frames, IDENTITY.expand(2, 5)), clips, atol=1e-5, rtol=0)
+
+
+class Crossings(TorchDispatchMode):
+    """Notes the operations whose tensors are on more than one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if len({x.device for x in tensors}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+def test_preparing_a_batch_sends_nothing_to_the_gpu():
+    """A number sent from the host makes the host wait. On tensors of which a GPU has the shapes alone, so without one."""
+    with FakeTensorMode(), torch.device("cuda"):
+        video = prep.VideoPrep().to("cuda")
+        audio = prep.AudioPrep(8000, SPEC, torch.zeros(16), torch.ones(16)).to("cuda")
+        frames, waveform = torch.empty(2, 3, 12, 12, 3, dtype=torch.uint8), torch.empty(2, 4000)
+        masks = torch.empty(2, 16, dtype=torch.bool), torch.empty(2, 31, dtype=torch.bool)
+        change, gain = torch.empty(2, 5), torch.empty(2)
+        with Crossings() as crossings:
+            assert video(frames, change).device.type == "cuda"
+            assert audio(waveform, gain, *masks).device.type == "cuda"
+    assert crossings.found == []
 
 
 def test_flip_is_one_draw_a_clip():
