@@ -117,14 +117,49 @@ class StemConv(_Conv3dIn2D):
 
 
 class SpatialMaxPool(nn.MaxPool3d):
-    """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame."""
+    """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame.
+
+    Compiled, it brings its own backward pass (`_MaxPool2d`). The one that torch.compile makes adds gradients with
+    atomics, in no fixed order, to a zeroed float32 tensor that is not in channels_last memory.
+    """
 
     def __init__(self) -> None:
         super().__init__((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(frames_as_batch(x), self.kernel_size[1:], self.stride[1:], self.padding[1:])
+        frames = frames_as_batch(x)
+        if torch.compiler.is_compiling():
+            pooled = _MaxPool2d.apply(frames)
+        else:
+            pooled = F.max_pool2d(frames, self.kernel_size[1:], self.stride[1:], self.padding[1:])
         return batch_as_frames(pooled, x.shape[0])
+
+
+class _MaxPool2d(torch.autograd.Function):
+    """The 3x3 max-pool of stride 2 whose backward pass gathers: a place asks the four windows that it may lie in."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        pooled, winners = F.max_pool2d(x, 3, stride=2, padding=1, return_indices=True)
+        ctx.save_for_backward(winners)
+        ctx.height_width = x.shape[2:]
+        return pooled
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (winners,) = ctx.saved_tensors  # (N, C, H', W'): where in the frame each window's maximum is
+        (high, wide), (height, width) = winners.shape[2:], ctx.height_width
+        # Rows 2i and 2i + 1 lie in no windows but i and i + 1, columns alike. Past the last windows nothing wins.
+        grad = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1))
+        winners = F.pad(winners.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1), value=-1)
+        rows = torch.arange(2 * high, device=grad.device).view(high, 2, 1, 1, 1)
+        places = rows * width + torch.arange(2 * wide, device=grad.device).view(wide, 2, 1)
+        total = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        for i in (0, 1):
+            for j in (0, 1):
+                window = (slice(None), slice(i, i + high), None, slice(j, j + wide), None)
+                total = total + torch.where(winners[window] == places, grad[window], 0)
+        return total.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
 
 
 class R2Plus1dBlock(nn.Module):

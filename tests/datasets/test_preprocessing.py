@@ -50,7 +50,7 @@ class Crossings(TorchDispatchMode):
 
 
 def test_preparing_a_batch_sends_nothing_to_the_gpu():
-    """A number sent from the host makes the host wait. On tensors of which a GPU has the shapes alone, so without one."""
+    """A number sent from the host makes the host wait. On tensors that have a shape and a device and no numbers."""
     with FakeTensorMode(), torch.device("cuda"):
         video = prep.VideoPrep().to("cuda")
         audio = prep.AudioPrep(8000, SPEC, torch.zeros(16), torch.ones(16)).to("cuda")

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from datasets.preprocessing import VideoPrep
 from models import build_model
@@ -48,6 +50,39 @@ def test_compiled_is_eager(compiler):
     torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0)
     for mine, other in zip(found, gradients, strict=True):
         assert (mine - other).abs().max() <= 1e-3 * other.abs().max().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_pool_is_that_of_pytorch_to_the_bit(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(-2, 3, (2, 3, 4, *size), generator=generator).to(dtype)  # few values: ties in every window
+    clips = clips.contiguous(memory_format=torch.channels_last_3d)
+    results = []
+    for pool in (nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)), torch.compile(SpatialMaxPool(), backend="aot_eager")):
+        x = clips.clone().requires_grad_()
+        pooled = pool(x)
+        change = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append((pooled, *torch.autograd.grad(pooled, x, change)))
+    torch.testing.assert_close(results[1], results[0], rtol=0 if dtype == torch.float32 else 0.01, atol=0)
+    torch.compiler.reset()
+
+
+def test_the_compiled_pool_adds_no_gradients_in_random_order(compiler):
+    """A scatter means atomics on a GPU: a run would not be the same twice."""
+    called = set()
+
+    def listen(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    decompositions = torch._inductor.decomposition.select_decomp_table()
+    backend = aot_autograd(fw_compiler=listen, decompositions=decompositions)
+    video = torch.randn(1, 3, 2, 8, 8, requires_grad=True)
+    torch.compile(SpatialMaxPool(), backend=backend)(video).sum().backward()
+    torch.compiler.reset()
+    assert any("max_pool" in name for name in called)
+    assert not [name for name in called if "scatter" in name or "pool2d_with_indices_backward" in name]
 
 
 def test_compiled_preprocessing_is_eager(compiler):
