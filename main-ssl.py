@@ -142,6 +142,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             grad_norm = precision.gradient_norm(optimizer)
             if guard.admits({"epoch": epoch, "step": step}, losses, grad_norm, criterion.stats, indices):
                 precision.step(optimizer)
+            else:
+                precision.leave_out_step()
             optimizer.zero_grad(set_to_none=True)
             losses, indices = [], []
 

@@ -49,6 +49,10 @@ class Precision:
         self._scaler.step(optimizer)
         self._scaler.update()
 
+    def leave_out_step(self) -> None:
+        """In place of `step`, after `gradient_norm`: the next step may unscale again, by half the scale."""
+        self._scaler.update()
+
     def state_dict(self) -> dict:
         """The loss scale, for the checkpoint; empty unless fp16."""
         return self._scaler.state_dict()
