@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -187,3 +188,15 @@ def test_a_bank_in_shards_is_saved_whole_and_goes_on_in_one_process(config):
     assert "it ran on 2 processes, now 1" in alone and "2 epochs done" in alone
     error = run(config("hard", loss__args__bank_shards=True, loss__args__N_hard=3), status=2).stderr
     assert "bank_shards: true does not go with N_hard: 3" in error and error.count("\n") == 1
+
+
+def test_held_out_videos_that_cannot_be_read_are_told(tmp_path, videos):
+    root = shutil.copytree(videos, tmp_path / "videos")
+    (root / "clip5.mp4").write_text("no video")
+    config = write_config(tmp_path, root, optimizer__num_epochs=1, monitor_every=1)
+    log = run(config).stdout
+    told = "1 of 2 held-out videos cannot be read and are left out; the first, clip5.mp4: "
+    assert log.count(told) == 2 and log.count("held out, after ") == 2
+    (root / "clip0.mp4").write_text("no video")
+    again = run(config, "--set", "test_only=true", status=2)
+    assert "error: none of the 2 held-out videos can be read; the first, clip0.mp4: " in again.stderr

@@ -1,5 +1,6 @@
 """Held-out measurements of an audio-visual encoder: embeddings of whole videos, cross-modal retrieval."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.metrics import leave_one_out_accuracy, retrieval
+
+log = logging.getLogger("avssrl")
 
 NEIGHBOURS = 5
 
@@ -18,6 +22,8 @@ def embed(
 ) -> dict[str, Tensor]:
     """Embed the windows of every readable video that `batches` (of `EvenClips`) brings, in eval mode, on the CPU.
 
+    What cannot be read is left out, with a warning that counts it.
+
     Args:
         model: `forward(video, audio)` to embeddings, with a backbone `video_model`.
         prepare: frames (M, T, H, W, 3) and waveforms (M, L) of a batch to network input on the model's device.
@@ -25,13 +31,17 @@ def embed(
     Returns:
         `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows, 512), `index` and
         `label` (videos,).
+
+    Raises:
+        UserError: none of the videos could be read.
     """
-    features, parts = [], []
+    features, parts, failures = [], [], []
     hook = model.video_model.register_forward_hook(lambda module, args, pooled: features.append(pooled.flatten(1)))
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
+            failures += batch["failures"]
             if "frames" not in batch:
                 continue
             videos, windows = batch["frames"].shape[:2]
@@ -43,7 +53,14 @@ def embed(
     finally:
         hook.remove()
         model.train(was_training)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    readable = sum(len(part["index"]) for part in parts)
+    if failures:
+        bad, first = len(failures), ": ".join(failures[0])
+        if not readable:
+            raise UserError(f"none of the {bad} held-out videos can be read; the first, {first}")
+        total = bad + readable
+        log.warning("%d of %d held-out videos cannot be read and are left out; the first, %s", bad, total, first)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def cross_modal_retrieval(embeddings: dict[str, Tensor]) -> dict[str, float]:
