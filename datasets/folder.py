@@ -34,11 +34,20 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
 
 def find(root: Path) -> list[str]:
-    """The videos anywhere below a folder, as paths relative to it. UserError where there is no such folder."""
+    """The videos anywhere below a folder, as paths relative to it; links are followed, each folder is taken once.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
-    found = []
-    for folder, _, files in os.walk(root):
+    found, visited = [], set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        below.sort()
+        if (place := os.path.realpath(folder)) in visited:
+            below.clear()
+            continue
+        visited.add(place)
         relative = os.path.relpath(folder, root)
         found += [os.path.normpath(os.path.join(relative, f)) for f in files if f.lower().endswith(ENDINGS)]
     return found

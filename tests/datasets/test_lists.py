@@ -81,6 +81,17 @@ def test_mistakes_in_vggsound(vgg):
         build_videos(section("vggsound", vgg), "train")
 
 
+def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for name in ("root/a/1.mp4", "elsewhere/2.mp4", "elsewhere/deep/3.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (root / "b").symlink_to(elsewhere)  # a part of the data on another disk
+    (root / "c").symlink_to(elsewhere)
+    (elsewhere / "deep/back").symlink_to(root)
+    assert names(build_videos(section("folder", root), "all")) == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
+
+
 def test_a_folder_holds_out_every_nth_name(tmp_path):
     for name in ("b/3.MP4", "a/2.avi", "a/1.mp4", "c.webm", "d.mkv", "a/readme.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
