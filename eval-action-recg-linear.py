@@ -28,6 +28,7 @@ from models.classifiers import FeatureExtractor
 from models.linear_probe import LinearProbe, mean_losses
 from utils import evaluation
 from utils.cli import evaluation_parser, run_script
+from utils.compiling import compiles
 from utils.distributed import gather_objects, is_main, launch
 from utils.errors import UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
@@ -69,9 +70,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
     drifts = cfg["encoder_bn"] == "train"
-    encoder = FrozenEncoder(
-        extractor, VideoPrep(cfg["dataset"]["color"]).to(device), precision.autocast, device, drifts
-    )
+    prepare = VideoPrep(cfg["dataset"]["color"]).to(device)
+    compiled_size = cfg["dataset"]["batch_size"] if not drifts and compiles(cfg["compile"], device) else None
+    encoder = FrozenEncoder(extractor, prepare, precision.autocast, device, drifts, compiled_size)
     failures = evaluation.Failures(args.allow_missing)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)

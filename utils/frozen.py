@@ -19,15 +19,18 @@ class FrozenEncoder:
         autocast: the context of a forward pass.
         device: where it runs.
         drifts: let `training_features` use, and let drift, the BN statistics of its batches, as in the thesis.
+        compiled_size: batches of so many clips pass compiled, others not: a compiled network is for one shape. None:
+            nothing is compiled.
     """
 
     def __init__(
         self,
         extractor: nn.Module,
-        prepare: Callable[[Tensor, Tensor | None], Tensor],
+        prepare: nn.Module,
         autocast: Callable[[], contextlib.AbstractContextManager],
         device: torch.device,
         drifts: bool = False,
+        compiled_size: int | None = None,
     ) -> None:
         self.extractor = extractor.to(device).requires_grad_(False).eval()
         self.prepare, self.autocast, self.device, self.drifts = prepare, autocast, device, drifts
@@ -36,13 +39,20 @@ class FrozenEncoder:
         self._start = {name: value.clone() for name, value in self.extractor.state_dict().items()}
         if drifts:
             share_bn(self.extractor)
+        self.compiled_size = compiled_size
+        if compiled_size is not None:
+            self.extractor.compile(dynamic=False)
+            self.prepare.compile(dynamic=False)
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Frames uint8 (N, T, H, W, 3) and their augmentation (N, 5) to float32 features (N, D) by name."""
         on_device = [None if x is None else x.to(self.device, non_blocking=True) for x in (frames, augmentation)]
+        prepare, extractor = self.prepare, self.extractor
+        if len(frames) != self.compiled_size:
+            prepare, extractor = prepare.forward, extractor.forward
         with self.autocast():
-            features = self.extractor(self.prepare(*on_device))
+            features = extractor(prepare(*on_device))
         return {name: value.float() for name, value in features.items()}
 
     def training_features(self, batch: Mapping, clip_shape: Iterable[int]) -> dict[str, Tensor]:

@@ -1,0 +1,45 @@
+"""The frozen encoder, compiled: the same features, and one shape compiled."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from datasets.preprocessing import VideoPrep
+from models.network_blocks import SpatialConv, SpatialMaxPool
+from utils import compiling
+from utils.frozen import FrozenEncoder
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """A convolution, a pool, their mean, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = SpatialConv(3, 8), SpatialMaxPool()
+
+    def forward(self, video):
+        return {"pool": self.pool(torch.relu(self.conv(video))).mean((2, 3, 4))}
+
+
+def encoder(compiled_size):
+    torch.manual_seed(0)
+    return FrozenEncoder(Small(), VideoPrep(), contextlib.nullcontext, CPU, compiled_size=compiled_size)
+
+
+def test_compiled_features_are_those_of_the_plain_encoder():
+    if not compiling.compiles(True, CPU):
+        pytest.skip(f"torch.compile does not work here: {compiling.obstacle('cpu')}")
+    plain, compiled = encoder(None), encoder(4)
+    frames = torch.randint(256, (9, 2, 12, 12, 3), dtype=torch.uint8)
+    change = torch.tensor([[1.0, 1.1, 0.9, 1.2, 0.05]]).repeat(9, 1)
+    compiled(frames[:4], change[:4])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for part in (slice(0, 4), slice(4, 8), slice(8, 9)):  # a last, smaller part is not compiled anew
+            found, expected = compiled(frames[part], change[part]), plain(frames[part], change[part])
+            torch.testing.assert_close(found["pool"], expected["pool"], rtol=1e-4, atol=1e-5)
+    assert compiled.check() == compiled.hash == plain.hash
+    torch.compiler.reset()
