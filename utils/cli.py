@@ -43,7 +43,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG (dotted); repeatable")
     add("--quiet", action="store_true", help="write to the log file only")
-    add("--seed", type=int, metavar="S", help="seed of weights, clips and negatives; default: the YAML's")
+    add("--seed", type=_seed, metavar="S", help="seed of weights, clips and negatives; default: the YAML's")
     add("--gpu", type=int, metavar="ID", help="run on this GPU alone; default: the first, or the CPU without one")
     group = parser.add_argument_group(
         "several processes", "torchrun and Slurm (srun) need none of these: their environment variables are enough"
@@ -62,6 +62,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
     add("--dist-url", "--dist_url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
     add("--dist-backend", "--dist_backend", metavar="B", help="default: nccl on GPUs, gloo on CPUs")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or above, found {text}")
+    return int(text)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -63,9 +63,19 @@ def _one_of(*choices: Any, default: Any = REQUIRED, nullable: bool = False) -> K
     return Key(type(choices[0]), default, choices=choices, nullable=nullable)
 
 
-def _list(items: type, default: Any = REQUIRED, length: int | None = None, nullable: bool = False) -> Key:
-    check = None if length is None else lambda v: len(v) == length
-    return Key(list, default, items=items, check=check, allowed=f"{length} values" if length else "", nullable=nullable)
+def _list(items: type, default: Any = REQUIRED) -> Key:
+    return Key(list, default, items=items)
+
+
+def _numbers(default: list[float], check: Callable[[list[float]], bool], allowed: str) -> Key:
+    length = len(default)
+    return Key(
+        list,
+        default,
+        items=float,
+        check=lambda v: len(v) == length and check(v),
+        allowed=f"{length} values, {allowed}",
+    )
 
 
 def _flag(default: Any = REQUIRED, nullable: bool = False) -> Key:
@@ -94,10 +104,12 @@ DATASET = {
     "crop_size": _positive(int),  # pixels
     "frame_size": _positive(int, None, nullable=True),  # pixels; null: 8/7 of crop_size, which is 256 for 224
     "min_area": Key(float, 0.08, check=lambda v: 0 < v <= 1, allowed="above 0, at most 1"),
-    "aspect_ratio": _list(float, [3 / 4, 4 / 3], length=2),
+    "aspect_ratio": _numbers([3 / 4, 4 / 3], lambda v: 0 < v[0] <= v[1], "the smaller first, above 0"),
     "resize": _one_of("bilinear", "nearest", default="bilinear"),
     "transforms": _one_of("msc+color", "crop+color"),
-    "color": _list(float, [0.4, 0.4, 0.4, 0.2], length=4),  # brightness, contrast, saturation, hue
+    "color": _numbers(  # brightness, contrast, saturation, hue
+        [0.4, 0.4, 0.4, 0.2], lambda v: min(v) >= 0 and v[3] <= 0.5, "0 or above, the last at most 0.5"
+    ),
     "train": SPLIT,
     "test": {**SPLIT, "use_augmentation": _flag(False), "drop_last": _flag(False), "split": _text("test")},
     "list": _text(None, nullable=True),  # vggsound, train_subset: a file of names
@@ -127,7 +139,7 @@ AUDIO = {
 OPTIMIZER = {
     "name": _one_of("adam", "adamw", "sgd", default="adam"),
     "weight_decay": _at_least_0(float, 0.0),
-    "betas": _list(float, [0.9, 0.999], length=2),
+    "betas": _numbers([0.9, 0.999], lambda v: min(v) >= 0 and max(v) < 1, "from 0 to below 1"),
     "num_epochs": _positive(int),
     "lr": {
         "name": _one_of("multistep", "cosine", default="multistep"),
@@ -298,7 +310,37 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for override in overrides:
         _apply(raw, override)
-    return _check_section(raw, EVALUATION if "benchmark" in raw else PRETRAINING, "", str(path))
+    cfg = _check_section(raw, EVALUATION if "benchmark" in raw else PRETRAINING, "", str(path))
+    _check_sizes(cfg["dataset"], str(path))
+    return cfg
+
+
+def _check_sizes(data: Mapping, file: str) -> None:
+    """Keys of `dataset` that are good by themselves and not together."""
+    frames = data["video_clip_duration"] * data["video_fps"]
+    if round(frames) < 1:
+        raise UserError(
+            f"{file}: dataset.video_fps: {data['video_fps']:g} frames a second for {data['video_clip_duration']:g} s "
+            f"(video_clip_duration) are {frames:g} frames; at least one is needed"
+        )
+    if data["frame_size"] is not None and data["frame_size"] < data["crop_size"]:
+        raise UserError(
+            f"{file}: dataset.frame_size: a crop of {data['crop_size']} pixels (crop_size) does not fit into frames of "
+            f"{data['frame_size']}; raise it, or leave it out for 8/7 of the crop"
+        )
+    if "spec_params" not in data:
+        return
+    spec, samples = data["spec_params"], round(data["audio_clip_duration"] * data["audio_srate"])
+    if spec["hop_length"] > spec["n_fft"]:
+        raise UserError(
+            f"{file}: dataset.spec_params.hop_length: {spec['hop_length']} is more than n_fft, {spec['n_fft']}: "
+            "samples between two windows would be in none"
+        )
+    if spec["n_fft"] > samples:
+        raise UserError(
+            f"{file}: dataset.spec_params.n_fft: a window of {spec['n_fft']} samples is longer than a clip's {samples} "
+            "(audio_clip_duration x audio_srate)"
+        )
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,7 @@ def lost_worker(error: BaseException | None) -> str | None:
     PyTorch raises it from a signal handler, wherever the main process happens to be, also in the middle of saving.
     """
     while error is not None:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):  # an error in a worker names its process, and keeps its traceback
             return " ".join(str(error).split())
         error = error.__context__
     return None

@@ -96,6 +96,12 @@ def test_weights_load_whole_or_not_at_all():
     assert all(not value.any() for value in module.state_dict().values())
 
 
+def test_an_error_in_a_worker_is_no_lost_worker():
+    """Its traceback tells where the mistake is."""
+    assert lost_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")) is None
+    assert lost_worker(RuntimeError("DataLoader worker (pid(s) 8, 9) exited unexpectedly")) is not None
+
+
 def test_a_lost_worker_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     """PyTorch raises it from a signal handler, which may strike in the middle of a write."""
     checkpoint.save(tmp_path, state(1))
