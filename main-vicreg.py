@@ -35,7 +35,7 @@ from utils.stopping import NonFiniteGuard, StopSignal
 
 def main() -> None:
     args = pretraining_parser(__doc__).parse_args()
-    cfg = load_config(args.cfg, args.set)
+    cfg = load_config(args.cfg, args.set, "pre-training")
     if args.seed is not None:
         cfg["seed"] = args.seed
     video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"

@@ -235,5 +235,5 @@ def test_swapped_configurations(cfgs):
     cfg, model = cfgs()
     error = tiny.run(model, cfg, script=SCRIPT, status=2).stderr
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert "not an evaluation" in fail(model, cfg, "--random-weights")
-    assert "MODEL_CFG is the YAML of the pre-training" in fail(cfg, cfg, "--random-weights")
+    assert "expected the YAML of an evaluation" in fail(model, cfg, "--random-weights")
+    assert "expected the YAML of a pre-training" in fail(cfg, cfg, "--random-weights")

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print the tables, write what was asked for."""
     torch.set_num_threads(1)
-    cfg = load_config(args.cfg, [*args.set, f"dataset.root={args.root}"])
+    cfg = load_config(args.cfg, [*args.set, f"dataset.root={args.root}"], "pre-training")
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=True)
     videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
     roots = {"ours, raw": Path(args.root)} | ({"ours, prepared": Path(args.prepared)} if args.prepared else {})

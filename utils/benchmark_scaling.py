@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure each number of processes, print the table, write the file that was asked for."""
-    cfg = load_config(args.cfg, args.set)
+    cfg = load_config(args.cfg, args.set, "pre-training")
     if min(args.procs) < 1 or args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--procs {args.procs}, --batch-size {args.batch_size}: expected 1 or more")
     gpus = torch.cuda.device_count()

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if args.steps < 2:
         raise UserError(f"--steps {args.steps}: expected 2 or more")
     device = default_device()
-    cfg = load_config(args.cfg, [*args.set, *([f"dataset.root={args.root}"] if args.root else [])])
+    root = [f"dataset.root={args.root}"] if args.root else []
+    cfg = load_config(args.cfg, [*args.set, *root], "pre-training")
     loader = build_training(cfg, device, pairs=cfg["model"]["arch"] == "vicreg_v_wrapper")
     if cfg["loss"]["name"] == "xID":
         cfg["loss"]["args"]["num_instances"] = len(loader.dataset.videos)

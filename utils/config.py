@@ -280,7 +280,9 @@ EVALUATION = {
     },
     "optimizer": {
         **OPTIMIZER,
-        "other_lrs": _list(float, []),  # linear: further base_lr, tried in the same pass
+        "other_lrs": Key(  # linear: further base_lr, tried in the same pass
+            list, [], items=float, check=lambda v: all(rate > 0 for rate in v), allowed="above 0"
+        ),
         "warmup_classifier": _flag(False),  # fine-tuning: first the classifier alone
         "warmup_epochs": _positive(int, 5),
     },
@@ -288,14 +290,15 @@ EVALUATION = {
 }
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
+def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | None = None) -> dict:
     """Read a YAML configuration, apply `KEY=VALUE` overrides (dotted keys), check it, fill in defaults.
 
-    A file with a section `benchmark` configures an evaluation, any other one a pre-training.
+    A file with a section `benchmark` configures an evaluation, any other one a pre-training. `kind`, `pre-training` or
+    `evaluation`, says which of them is wanted.
 
     Raises:
-        UserError: the file is missing or no YAML mapping; a key is unknown (with the nearest known one), missing, of a
-            wrong type or outside its set. The message names key and file.
+        UserError: the file is missing or no YAML mapping, or of the other kind; a key is unknown (with the nearest
+            known one), missing, of a wrong type or outside its set. The message names key and file.
     """
     path = Path(path)
     try:
@@ -310,7 +313,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for override in overrides:
         _apply(raw, override)
-    cfg = _check_section(raw, EVALUATION if "benchmark" in raw else PRETRAINING, "", str(path))
+    found, table = ("evaluation", EVALUATION) if "benchmark" in raw else ("pre-training", PRETRAINING)
+    if kind not in (None, found):
+        has = {"evaluation": "has a section benchmark", "pre-training": "has no section benchmark"}[found]
+        wanted = {
+            "evaluation": "an evaluation, such as configs/demo/linear.yaml",
+            "pre-training": "a pre-training, such as configs/demo/xid.yaml",
+        }[kind]
+        raise UserError(f"{path}: {has}, the mark of an evaluation's; expected the YAML of {wanted}")
+    cfg = _check_section(raw, table, "", str(path))
     _check_sizes(cfg["dataset"], str(path))
     return cfg
 

@@ -31,11 +31,8 @@ def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str
     Raises:
         UserError: a bad key or option, or a file that is not what its place on the command line asks for.
     """
-    cfg, model_cfg = load_config(args.cfg, args.set), load_config(args.model_cfg, args.set_model)
-    if "benchmark" not in cfg:
-        raise UserError(f"{args.cfg}: has no section benchmark: it configures a pre-training, not an evaluation")
-    if "benchmark" in model_cfg:
-        raise UserError(f"{args.model_cfg}: configures an evaluation; MODEL_CFG is the YAML of the pre-training")
+    cfg = load_config(args.cfg, args.set, "evaluation")
+    model_cfg = load_config(args.model_cfg, args.set_model, "pre-training")
     if cfg["model"]["name"] != classifier:
         raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that see {other_script}")
     if args.checkpoint and args.random_weights:

@@ -141,9 +141,18 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(folder: str | Path, group: str) -> list[dict]:
-    """The lines of one group in a run's `metrics.jsonl`."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["group"] == group]
+    """The lines of one group in a run's `metrics.jsonl`, but for the half line that a kill may leave at the end.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = Path(folder) / "metrics.jsonl"
+    try:
+        lines = file.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such metrics; start the run first") from None
+    whole = lines if not lines or lines[-1].endswith("}") else lines[:-1]
+    return [record for record in map(json.loads, whole) if record["group"] == group]
 
 
 class StepClock:

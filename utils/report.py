@@ -71,15 +71,15 @@ def main() -> None:
         arguments.insert(0, "results")
     args = parser.parse_args(arguments)
     if args.command == "demo":
-        report_demo([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+        report_demo([load_config(cfg, kind="pre-training") for cfg in args.cfgs], Path(args.out))
     elif args.command == "curves":
-        report_curves([load_config(cfg) for cfg in args.cfgs], Path(args.out))
+        report_curves([load_config(cfg, kind="pre-training") for cfg in args.cfgs], Path(args.out))
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
     elif args.command == "concepts":
         report_concepts(args.folders, Path(args.out))
     else:
-        report_retrieval(load_config(args.cfg), args)
+        report_retrieval(load_config(args.cfg, kind="pre-training"), args)
 
 
 def report_results(folder: str, form: str, out: str | None) -> None:
@@ -93,6 +93,8 @@ def report_results(folder: str, form: str, out: str | None) -> None:
 
 def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     """Cross-modal retrieval of a checkpoint on the held-out videos, which says where the audio statistics are from."""
+    if cfg["model"]["arch"] == "vicreg_v_wrapper":
+        raise UserError(f"{args.cfg}: trains on video alone; retrieval is between video and sound")
     device = default_device()
     if args.checkpoint:
         state, file = checkpoint.load(args.checkpoint), args.checkpoint

@@ -54,7 +54,9 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
     for ratio in args.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios {ratio:g}: expected above 0 and at most 1")
-    cfg = load_config(args.cfg, args.set)
+    cfg = load_config(args.cfg, args.set, "evaluation")
+    model_cfgs = [load_config(model_cfg, args.set_model, "pre-training") for model_cfg in args.model_cfgs]
+    folders = [benchmark_folder(cfg, model_cfg) for model_cfg in model_cfgs]
     if not cfg["feature_views"]:
         print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); here {VIEWS}, so that features are made once")
         args.set = [*args.set, f"feature_views={VIEWS}"]
@@ -66,7 +68,6 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         status = subprocess.run(command(args, model_cfg, random, ratio, seed, script_options)).returncode
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
-    folders = [benchmark_folder(cfg, load_config(model_cfg, args.set_model)) for model_cfg in args.model_cfgs]
     report_concepts(folders, Path(args.out))
 
 

@@ -76,6 +76,14 @@ def test_bad_values_are_named(override, words):
         assert word in message
 
 
+@pytest.mark.parametrize(("file", "kind"), [("ucf/8at16-linear", "pre-training"), ("demo/xid", "evaluation")])
+def test_a_file_of_the_other_kind_is_told(file, kind):
+    path = f"configs/{file}.yaml"
+    with pytest.raises(UserError, match=f"{path}: .*expected the YAML of an? {kind}, such as configs/demo/"):
+        load_config(REPO / path, kind=kind)
+    load_config(REPO / path)
+
+
 def test_a_missing_key_is_named(tmp_path):
     file = write(tmp_path, lambda raw: raw["optimizer"].pop("num_epochs"))
     with pytest.raises(UserError, match="optimizer.num_epochs is missing.*whole number"):

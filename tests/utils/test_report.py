@@ -48,3 +48,16 @@ def test_curves_of_a_run(run, tmp_path, monkeypatch, capsys):
     write(retrieval(0))
     with pytest.raises(UserError, match="no held-out retrieval yet"):
         report.main()
+    metrics = next(tmp_path.rglob("metrics.jsonl"))
+    metrics.write_text(metrics.read_text() + '{"group": "retrie')  # of a run that was killed
+    with pytest.raises(UserError, match="no held-out retrieval yet"):
+        report.main()
+    metrics.unlink()
+    with pytest.raises(UserError, match="no such metrics; start the run first"):
+        report.main()
+
+
+def test_a_run_without_sound_has_no_retrieval(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", "retrieval", str(tiny.REPO / "configs/VGGSound-VICReg-Video.yaml")])
+    with pytest.raises(UserError, match="trains on video alone"):
+        report.main()
