@@ -43,7 +43,7 @@ def find(root: Path) -> list[str]:
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
     found, visited = [], set()
     for folder, below, files in os.walk(root, followlinks=True):
-        below.sort()
+        below.sort()  # so that of two links to one folder the same one counts everywhere
         if (place := os.path.realpath(folder)) in visited:
             below.clear()
             continue

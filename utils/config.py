@@ -320,7 +320,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
             "evaluation": "an evaluation, such as configs/demo/linear.yaml",
             "pre-training": "a pre-training, such as configs/demo/xid.yaml",
         }[kind]
-        raise UserError(f"{path}: {has}, the mark of an evaluation's; expected the YAML of {wanted}")
+        raise UserError(f"{path}: {has}, which marks an evaluation; expected the YAML of {wanted}")
     cfg = _check_section(raw, table, "", str(path))
     _check_sizes(cfg["dataset"], str(path))
     return cfg

@@ -54,7 +54,7 @@ def test_compiled_is_eager(compiler):
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_pool_is_that_of_pytorch_to_the_bit(size, dtype):
+def test_the_compiled_pool_is_that_of_pytorch(size, dtype):
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(-2, 3, (2, 3, 4, *size), generator=generator).to(dtype)  # few values: ties in every window
     clips = clips.contiguous(memory_format=torch.channels_last_3d)
