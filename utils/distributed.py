@@ -12,6 +12,8 @@ import re
 import signal
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -291,11 +293,40 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
     try:
         # gloo beside nccl: hosts can then agree on something without waiting for their devices
         backend = "cpu:gloo,cuda:nccl" if plan.backend == "nccl" else plan.backend
-        dist.init_process_group(backend, plan.url, TIMEOUT, plan.world_size, own_rank)
+        store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
+        store = _clean_store(store, own_rank, plan.world_size)
+        dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
     except (ValueError, dist.DistError) as error:
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)
     dist.destroy_process_group()
+
+
+def _clean_store(store: dist.Store, own_rank: int, world_size: int) -> dist.Store:
+    """`store` under a name that only the processes that start now know.
+
+    torchrun's store outlives its processes: after a restart it still holds the addresses of the dead, and each may be
+    taken for a new one (pytorch#135712); its count of restarts is each node's own. So rank 0 makes up a name and tells
+    it to those who ask, whose questions bear a mark of their own.
+
+    Raises:
+        UserError: a rank did not come in time.
+    """
+    mark = uuid.uuid4().hex
+    if own_rank > 0:
+        store.set(f"question/{own_rank}", mark)
+        name = store.get(f"answer/{mark}").decode()
+        store.set(f"heard/{name}/{own_rank}", "")
+        return dist.PrefixStore(name, store)
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    for other in range(1, world_size):
+        while not store.check([f"heard/{mark}/{other}"]):
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", mark)
+            if time.monotonic() > end:
+                raise UserError(f"rank {other} of {world_size} did not come within {TIMEOUT}; was it started?")
+            time.sleep(0.01)
+    return dist.PrefixStore(mark, store)
 
 
 def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:

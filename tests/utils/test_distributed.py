@@ -1,9 +1,12 @@
 """utils.distributed: which processes a command line and an environment ask for."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
+from tests.tiny import ENV, TORCHRUN
 from utils.cli import pretraining_parser
 from utils.distributed import _first_host, plan_processes
 from utils.errors import UserError
@@ -103,3 +106,32 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(UserError, match="one process a GPU"):
         plan_processes(options("--distributed", "--nproc", "2"))
     assert plan_processes(options("--distributed", "--nproc", "2", "--dist-backend", "gloo")).local == 2
+
+
+DIES_ONCE = """
+import os, signal, time
+import torch
+from utils.cli import pretraining_parser
+from utils.distributed import all_reduce_sum, launch, rank
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def worker(device):
+    if attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(f"rank {rank()}: sum {all_reduce_sum(torch.tensor(rank() + 1)).item()}")
+
+if attempt == 1 and os.environ["RANK"] == "0":
+    time.sleep(2)  # rank 1 is there first, and finds in torchrun's store what the dead rank 0 wrote
+launch(worker, pretraining_parser("").parse_args(["any.yaml"]))
+"""
+
+
+def test_processes_that_torchrun_starts_again_find_each_other(tmp_path):
+    """torchrun keeps its store, and the addresses of the dead ranks in it (pytorch#135712)."""
+    file = tmp_path / "dies_once.py"
+    file.write_text(DIES_ONCE)
+    command = [sys.executable, *TORCHRUN, "--max-restarts=1", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0: sum 3", "rank 1: sum 3"]
