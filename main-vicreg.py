@@ -22,7 +22,7 @@ from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
 from utils.compiling import compiles
 from utils.config import load_config
-from utils.distributed import broadcast_object, is_main, launch, synchronise_bn, world_size, wrap
+from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
 from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, percentages, stage, start_run
 from utils.metrics import Averages
@@ -31,6 +31,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
+from utils.sync_bn import synchronise_bn
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     stage("Model")
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
     torch.manual_seed(cfg["seed"])
-    model = synchronise_bn(build_model(cfg["model"]).to(device), device)
+    model = synchronise_bn(build_model(cfg["model"]).to(device), device, cfg["compile"])
     log.info("%s", parameter_summary(model))
     criterion = build_criterion(cfg["loss"], device=device)
     log.info("%s", criterion)

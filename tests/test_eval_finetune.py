@@ -5,13 +5,9 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
 
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
-from utils.sync_bn import SharedBatchNorm, count_rank, share_bn
 
 SCRIPT = "eval-action-recg.py"
 
@@ -124,50 +120,3 @@ def test_mistakes_end_in_one_line(cfgs):
     assert "no such checkpoint" in tiny_evaluation.mistake(SCRIPT, cfg, model)
     other = ("--set", "model.name=MOSTWrapper", "--set", "model.args={feat_names: [pool], feat_dims: [512]}")
     assert "eval-action-recg-linear.py" in tiny_evaluation.mistake(SCRIPT, cfg, model, *other)
-
-
-# ------------------------------------------------------------------------------------- BN over all processes
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1), nn.BatchNorm3d(2, affine=False))
-
-
-def loss_of(net, clips):
-    return (net(clips) * torch.arange(1.0, 3.0).view(1, 2, 1, 1, 1)).square().sum(dim=(1, 2, 3, 4))
-
-
-def shared_bn_worker(rank, file, answer):
-    """Shares of 3, 2 and 0 samples of a batch of 5."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
-    net = share_bn(network())
-    assert sum(isinstance(module, SharedBatchNorm) for module in net.modules()) == 2
-    clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    own = (clips[:3], clips[3:], torch.full((1, 3, 2, 4, 4), 9.0))[rank].requires_grad_()
-    count_rank(net, rank < 2)
-    loss = loss_of(net, own).sum() * (rank < 2)
-    loss.backward()
-    gradients = [p.grad.clone() for p in net.parameters()]
-    for gradient in gradients:
-        dist.all_reduce(gradient)
-    inputs = [None] * 3
-    dist.all_gather_object(inputs, own.grad)
-    if rank == 0:
-        torch.save({"gradients": gradients, "inputs": inputs, "state": net.state_dict()}, answer)
-    dist.destroy_process_group()
-
-
-def test_shared_bn_is_the_bn_of_the_whole_batch(tmp_path):
-    mp.spawn(shared_bn_worker, (tmp_path / "meet", tmp_path / "answer"), nprocs=3)
-    found = torch.load(tmp_path / "answer")
-    net = network()
-    clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss_of(net, clips).sum().backward()
-    for gradient, p in zip(found["gradients"], net.parameters(), strict=True):
-        torch.testing.assert_close(gradient, p.grad, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(torch.cat(found["inputs"][:2]), clips.grad, atol=1e-4, rtol=1e-3)
-    assert not found["inputs"][2].any()
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(found["state"][name], value, atol=1e-5, rtol=1e-4)

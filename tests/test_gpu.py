@@ -17,8 +17,9 @@ from tests.tiny import REPO, differences, run, write_config
 from utils import checkpoint
 from utils.benchmark_forms import Form, Step, synthetic_batch
 from utils.config import load_config
-from utils.distributed import synchronise_bn, wrap
+from utils.distributed import wrap
 from utils.stopping import NonFiniteGuard, RunFailed
+from utils.sync_bn import synchronise_bn
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and not os.environ.get("AVSSRL_NEEDS_GPU"), reason="PyTorch finds no GPU"
@@ -99,12 +100,12 @@ def batch_norm_net() -> nn.Module:
     return nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 3), nn.Flatten())
 
 
-def _rank_with_synchronised_bn(rank: int, folder: str) -> None:
+def _rank_with_synchronised_bn(rank: int, folder: str, compiled: bool) -> None:
     device = torch.device("cuda", 0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.backends.cudnn.allow_tf32 = False
     batch = torch.randn(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
-    net = wrap(synchronise_bn(batch_norm_net().to(device), device), False, device)
+    net = wrap(synchronise_bn(batch_norm_net().to(device), device, compiled), compiled, device)
     net(batch.chunk(2)[rank]).square().mean().backward()
     whole = batch_norm_net().to(device)
     whole(batch).square().mean().backward()
@@ -114,5 +115,6 @@ def _rank_with_synchronised_bn(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_synchronised_bn_of_two_processes_on_one_gpu_is_that_of_one(run_ranks, tmp_path):
-    run_ranks(_rank_with_synchronised_bn, 2, str(tmp_path))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_synchronised_bn_of_two_processes_on_one_gpu_is_that_of_one(run_ranks, tmp_path, compiled):
+    run_ranks(_rank_with_synchronised_bn, 2, str(tmp_path), compiled)

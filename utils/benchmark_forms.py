@@ -13,10 +13,11 @@ from models import build_model
 from models.network_blocks import PointwiseConv, SpatialConv, SpatialMaxPool, StemConv, TemporalConv
 from models.video import R2Plus1d
 from utils.compiling import compiles
-from utils.distributed import synchronise_bn, wrap
+from utils.distributed import wrap
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
 from utils.precision import Precision
+from utils.sync_bn import synchronise_bn
 
 INSTANCES = 50_000  # rows of the bank where the YAML gives no number
 
@@ -108,7 +109,7 @@ class Step:
         torch.manual_seed(cfg["seed"])
         self.model = build_model(cfg["model"]).to(device).train()
         if cfg["loss"]["name"] == "VICLoss":
-            self.model = synchronise_bn(self.model, device)
+            self.model = synchronise_bn(self.model, device, form.compiled)
         if not form.in_2d:
             in_3d(self.model.video_model, form.channels_last)
         rows = cfg["loss"]["args"].get("num_instances") or INSTANCES

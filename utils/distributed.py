@@ -136,16 +136,6 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let BN take its statistics over all processes. PyTorch does this on GPUs only; a run on CPUs says so."""
-    if world_size() == 1:
-        return model
-    if device.type != "cuda":
-        log.warning("BN is not synchronised: PyTorch's SyncBatchNorm needs GPUs; each process uses its own statistics")
-        return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
 def wrap(
     model: nn.Module,
     compiled: bool | None,

@@ -76,7 +76,10 @@ class FrozenEncoder:
 
     def drift(self) -> dict[str, Tensor]:
         """The BN statistics, where they drift."""
-        return {name: x.cpu() for name, x in self.extractor.named_buffers()} if self.drifts else {}
+        if not self.drifts:
+            return {}
+        weights = {name for name, _ in self.extractor.named_parameters()}
+        return {name: x.cpu() for name, x in self.extractor.state_dict().items() if name not in weights}
 
     def hash_now(self) -> str:
         """SHA-256 of weights and BN statistics, 16 hexadecimal digits."""

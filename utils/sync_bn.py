@@ -1,45 +1,99 @@
 """BN over the batches of all processes, on any device: PyTorch's own needs GPUs and a sample on every rank."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.distributed import gather_with_grad, world_size
+from utils.compiling import compiles
+from utils.distributed import all_reduce_sum, gather, rank, world_size
+
+log = logging.getLogger("avssrl")
+
+
+class _SharedMoments(torch.autograd.Function):
+    """Mean and variance (C,) of the samples of all ranks, and their number, from each rank's own.
+
+    One gather forward and one sum backward, both of which torch.compile takes into its graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, own_mean: Tensor, own_var: Tensor, own_count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shares = gather(torch.stack([own_mean, own_var, own_count.expand_as(own_mean)])[None])  # (W, 3, C)
+        means, variances, counts = shares.unbind(1)
+        weights = counts / counts.sum(0)
+        mean = (weights * means).sum(0)
+        var = (weights * (variances + (means - mean).square())).sum(0)
+        ctx.save_for_backward(weights[rank()], own_mean - mean)
+        return mean, var, counts.sum(0)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, d_mean: Tensor, d_var: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        weight, offset = ctx.saved_tensors
+        d_mean, d_var = all_reduce_sum(torch.stack([d_mean, d_var]))
+        return weight * (d_mean + 2 * offset * d_var), weight * d_var, None
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of float32 `x` (N, C, ...); on a CPU float64, which hides the order of a sum."""
+    others = [0, *range(2, x.dim())]
+    if x.is_cuda:
+        var, mean = torch.var_mean(x, others, correction=0)
+        return mean, var
+    count = x.numel() // x.shape[1]
+    mean, square = (part.sum(others, dtype=torch.float64) / count for part in (x, x.square()))
+    return mean, square - mean.square()
 
 
 class SharedBatchNorm(_BatchNorm):
     """A BN of (N, C, ...) whose mean and variance, in training, are those of the batches of all ranks together.
 
-    A rank whose `counted` is False adds nothing to them: it passes a dummy because it has no sample of this batch.
+    A rank that `count_rank` leaves out adds nothing to them: it passes a dummy because it has no sample of this batch.
     """
 
-    counted = True
+    def __init__(self, num_features: int, eps: float, momentum: float, affine: bool) -> None:
+        super().__init__(num_features, eps, momentum, affine)
+        self.register_buffer("counted", torch.ones(()), persistent=False)  # a tensor: a number would be compiled in
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected (N, C, ...), found {tuple(input.shape)}")
 
-    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        others = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        exact = torch.float32 if input.is_cuda else torch.float64  # on CPUs the order of a sum then makes no difference
-        x, share = input.float(), float(self.counted)
-        own = torch.full((1,), share * input.numel() / input.shape[1], dtype=exact, device=input.device)
-        count = gather_with_grad(own).sum()
-        mean = gather_with_grad(share * x.sum(others, dtype=exact).unsqueeze(0)).sum(0) / count
-        centred = x - mean.float().view(shape)
-        var = gather_with_grad(share * centred.square().sum(others, dtype=exact).unsqueeze(0)).sum(0) / count
+        x = input.float()
+        own_mean, own_var = _moments(x)
+        own_count = self.counted.to(own_mean.dtype) * (x.numel() // x.shape[1])
+        mean, var, count = _SharedMoments.apply(own_mean, own_var, own_count)
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * count / (count - 1).clamp_min(1)
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_(unbiased.float(), self.momentum)
         scale = torch.rsqrt(var + self.eps).float() * (self.weight if self.affine else 1)
-        y = centred * scale.view(shape)
+        y = (x - mean.float().view(shape)) * scale.view(shape)
         return (y + self.bias.view(shape) if self.affine else y).to(input.dtype)
+
+
+def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None) -> nn.Module:
+    """Let BN take its statistics over all processes: on GPUs only, a run on CPUs says that it does not.
+
+    PyTorch's SyncBatchNorm has kernels of its own, and torch.compile, which cannot look into it, cuts its graph at
+    each: a model to be compiled (`compiled` as `compiles` takes it) gets `SharedBatchNorm`.
+    """
+    if world_size() == 1:
+        return model
+    if device.type != "cuda":
+        log.warning("BN is not synchronised: PyTorch's SyncBatchNorm needs GPUs; each process uses its own statistics")
+        return model
+    return share_bn(model) if compiles(compiled, device) else nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def share_bn(model: nn.Module) -> nn.Module:
@@ -65,4 +119,4 @@ def count_rank(model: nn.Module, counted: bool) -> None:
     """Say whether this rank's next batch counts in the statistics of the `SharedBatchNorm` in `model`."""
     for module in model.modules():
         if isinstance(module, SharedBatchNorm):
-            module.counted = counted
+            module.counted.fill_(counted)

@@ -109,7 +109,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 DIES_ONCE = """
-import os, signal, time
+import os, signal, sys, time
 import torch
 from utils.cli import pretraining_parser
 from utils.distributed import all_reduce_sum, launch, rank
@@ -119,7 +119,8 @@ attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def worker(device):
     if attempt == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    print(f"rank {rank()}: sum {all_reduce_sum(torch.tensor(rank() + 1)).item()}")
+    total = all_reduce_sum(torch.tensor(rank() + 1)).item()
+    sys.stdout.write(f"rank {rank()}: sum {total}\\n")  # in one piece, which print does not do
 
 if attempt == 1 and os.environ["RANK"] == "0":
     time.sleep(2)  # rank 1 is there first, and finds in torchrun's store what the dead rank 0 wrote

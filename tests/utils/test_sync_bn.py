@@ -1,0 +1,62 @@
+"""utils.sync_bn: BN over the batches of all processes is the BN of the whole batch."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.sync_bn import SharedBatchNorm, count_rank, share_bn
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 1), nn.BatchNorm3d(2, affine=False))
+
+
+def loss_of(net, clips):
+    return (net(clips) * torch.arange(1.0, 3.0).view(1, 2, 1, 1, 1)).square().sum(dim=(1, 2, 3, 4))
+
+
+def train_as_one_of_three(rank, file, answer):
+    """Two steps on shares of 3, 2 and 0 samples of a batch of 5, as it is and in one compiled graph."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
+    clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    share = (clips[:3], clips[3:], torch.full((1, 3, 2, 4, 4), 9.0))[rank]
+    answers = []
+    for compiled in (False, True):
+        net = share_bn(network())
+        assert sum(isinstance(module, SharedBatchNorm) for module in net.modules()) == 2
+        if compiled:
+            net.compile(backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            net.zero_grad()
+            own = share.clone().requires_grad_()
+            count_rank(net, rank < 2)
+            (loss_of(net, own).sum() * (rank < 2)).backward()
+        gradients = [p.grad.clone() for p in net.parameters()]
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        inputs = [None] * 3
+        dist.all_gather_object(inputs, own.grad)
+        answers.append({"gradients": gradients, "inputs": inputs, "state": net.state_dict()})
+    if rank == 0:
+        torch.save(answers, answer)
+    dist.destroy_process_group()
+
+
+def test_shared_bn_is_the_bn_of_the_whole_batch(tmp_path, run_ranks):
+    run_ranks(train_as_one_of_three, 3, tmp_path / "meet", tmp_path / "answer")
+    found, compiled = torch.load(tmp_path / "answer")
+    net = network()
+    for _ in range(2):
+        net.zero_grad()
+        clips = torch.randn(5, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss_of(net, clips).sum().backward()
+    for gradient, p in zip(found["gradients"], net.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.cat(found["inputs"][:2]), clips.grad, atol=1e-4, rtol=1e-3)
+    assert not found["inputs"][2].any()
+    assert found["state"].keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found["state"][name], value, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(compiled, found, atol=0, rtol=0)
