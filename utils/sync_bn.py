@@ -7,47 +7,66 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.compiling import compiles
-from utils.distributed import all_reduce_sum, gather, rank, world_size
+from utils.distributed import all_reduce_sum, gather, world_size
 
 log = logging.getLogger("avssrl")
 
 
-class _SharedMoments(torch.autograd.Function):
-    """Mean and variance (C,) of the samples of all ranks, and their number, from each rank's own.
+class _Normalise(torch.autograd.Function):
+    """BN (Ioffe and Szegedy 2015, algorithm 1) with the mean and variance of the counted samples of all ranks.
 
-    One gather forward and one sum backward, both of which torch.compile takes into its graph.
+    The backward pass keeps `x` alone of its size. One gather forward and one sum backward are all that travels, and
+    torch.compile takes them into its graph. Channels' sums are float64 on a CPU, which hides their order.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, own_mean: Tensor, own_var: Tensor, own_count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, counted: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own_mean, own_var = _moments(x)
+        own_count = counted.to(own_mean.dtype) * (x.numel() // x.shape[1])
         shares = gather(torch.stack([own_mean, own_var, own_count.expand_as(own_mean)])[None])  # (W, 3, C)
         means, variances, counts = shares.unbind(1)
-        weights = counts / counts.sum(0)
-        mean = (weights * means).sum(0)
-        var = (weights * (variances + (means - mean).square())).sum(0)
-        ctx.save_for_backward(weights[rank()], own_mean - mean)
-        return mean, var, counts.sum(0)
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        rstd = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, counted, mean, rstd, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        scale = rstd * weight  # not (x - mean) * scale: torch.compile would store x - mean in float32 for the backward
+        y = x.float() * _channels(scale, x) + _channels(bias - mean * scale, x)
+        return y.to(x.dtype), mean, var, count
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, d_mean: Tensor, d_var: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        weight, offset = ctx.saved_tensors
-        d_mean, d_var = all_reduce_sum(torch.stack([d_mean, d_var]))
-        return weight * (d_mean + 2 * offset * d_var), weight * d_var, None
+        ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, counted, mean, rstd, count = ctx.saved_tensors
+        d_y, centred = d_y.float(), x.float() - _channels(mean, x)
+        sums = torch.stack([_sum(d_y, mean.dtype), _sum(d_y * centred, mean.dtype)])
+        d_mean, d_var = all_reduce_sum(sums) * counted / count
+        d_x = (d_y - _channels(d_mean, x) - centred * _channels(d_var * rstd.square(), x)) * _channels(rstd * weight, x)
+        return d_x.to(x.dtype), (sums[1] * rstd).float(), sums[0].float(), None, None
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (C,) as float32, to be spread over `x` (N, C, ...)."""
+    return values.float().view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.sum([0, *range(2, x.dim())], dtype=dtype)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of float32 `x` (N, C, ...); on a CPU float64, which hides the order of a sum."""
-    others = [0, *range(2, x.dim())]
+    """Mean and variance (C,) of `x` (N, C, ...), float32 on a GPU, float64 on a CPU."""
+    x = x.float()
     if x.is_cuda:
-        var, mean = torch.var_mean(x, others, correction=0)
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return mean, var
     count = x.numel() // x.shape[1]
-    mean, square = (part.sum(others, dtype=torch.float64) / count for part in (x, x.square()))
-    return mean, square - mean.square()
+    mean = _sum(x, torch.float64) / count
+    return mean, _sum(x.square(), torch.float64) / count - mean.square()
 
 
 class SharedBatchNorm(_BatchNorm):
@@ -67,19 +86,15 @@ class SharedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        x = input.float()
-        own_mean, own_var = _moments(x)
-        own_count = self.counted.to(own_mean.dtype) * (x.numel() // x.shape[1])
-        mean, var, count = _SharedMoments.apply(own_mean, own_var, own_count)
+        weight = self.weight if self.affine else torch.ones_like(self.running_mean)
+        bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
+        y, mean, var, count = _Normalise.apply(input, weight, bias, self.counted, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * count / (count - 1).clamp_min(1)
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_(unbiased.float(), self.momentum)
-        scale = torch.rsqrt(var + self.eps).float() * (self.weight if self.affine else 1)
-        y = (x - mean.float().view(shape)) * scale.view(shape)
-        return (y + self.bias.view(shape) if self.affine else y).to(input.dtype)
+        return y
 
 
 def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None) -> nn.Module:
