@@ -79,11 +79,10 @@ def test_hue_turns_as_colorsys_does():
         for pixel in rgb.double().tolist():
             hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
             expected.append(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
-        torch.testing.assert_close(
-            prep.turn_hue(rgb, torch.tensor(turns)), torch.tensor(expected).float(), atol=1e-5, rtol=0
-        )
-    gray = torch.full((4, 3), 0.3)
-    torch.testing.assert_close(prep.turn_hue(gray, torch.tensor(0.3)), gray)
+        turned = torch.stack(prep.turn_hue(*rgb.unbind(1), torch.tensor(turns)), 1)
+        torch.testing.assert_close(turned, torch.tensor(expected).float(), atol=1e-5, rtol=0)
+    gray = torch.full((4,), 0.3)
+    torch.testing.assert_close(prep.turn_hue(gray, gray, gray, torch.tensor(0.3)), [gray, gray, gray])
 
 
 def test_jitter_equals_torchvision():
