@@ -1,10 +1,12 @@
 """utils.sync_bn: BN over the batches of all processes is the BN of the whole batch."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.sync_bn import SharedBatchNorm, count_rank, share_bn
+from utils import sync_bn
+from utils.sync_bn import SharedBatchNorm, count_rank, share_bn, synchronise_bn
 
 
 def network():
@@ -60,3 +62,12 @@ def test_shared_bn_is_the_bn_of_the_whole_batch(tmp_path, run_ranks):
     for name, value in net.state_dict().items():
         torch.testing.assert_close(found["state"][name], value, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(compiled, found, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("compiled", "kind"), [(False, nn.SyncBatchNorm), (True, SharedBatchNorm)])
+def test_a_compiled_model_gets_the_bn_that_compiles(monkeypatch, compiled, kind):
+    monkeypatch.setattr(sync_bn, "world_size", lambda: 2)
+    monkeypatch.setattr(sync_bn, "compiles", lambda asked, device: asked)
+    net = synchronise_bn(network(), torch.device("cuda"), compiled)
+    assert [type(net[1]), type(net[3])] == [kind, kind]
+    assert net.state_dict().keys() == network().state_dict().keys()
