@@ -33,7 +33,7 @@ from utils.distributed import gather_objects, is_main, launch
 from utils.errors import UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
-from utils.logger import MetricsWriter, StepClock, log, parameter_summary, stage, start_run
+from utils.logger import MetricsWriter, StepClock, log, parameter_summary, stage, start_run, write_config
 from utils.optim import learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
@@ -78,6 +78,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
+    write_config(folder, {"evaluation": cfg, "pretraining": model_cfg})
 
     stage("Features")
     num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
@@ -90,7 +91,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     if not drifts:
         tests = clip_features(cfg, data.test, encoder, failures, random=random, even=even)
 
-    writer, outcome = MetricsWriter(folder), {}
+    writer, outcome = MetricsWriter(folder, None if states else 0), {}
     for part in data.parts:
         stage(f"Linear classifiers, {part.name} classes")
         probe = LinearProbe(cfg, extractor.names, len(part.classes), device)

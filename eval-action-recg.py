@@ -10,6 +10,7 @@ batches of all processes, and every sample's randomness hangs on its place in th
 
 import argparse
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,10 @@ from models.classifiers import ClassificationWrapper
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.distributed import gather_objects, is_main, launch, world_size, wrap
+from utils.errors import RunFailed
 from utils.features import ClipOutputs, clip_outputs, rows_of
 from utils.frozen import tensor_hash
-from utils.logger import MetricsWriter, StepClock, duration, log, parameter_summary, stage, start_run
+from utils.logger import MetricsWriter, StepClock, duration, log, parameter_summary, stage, start_run, write_config
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
@@ -66,7 +68,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
-    failures, writer, outcome = evaluation.Failures(args.allow_missing), MetricsWriter(folder), {}
+    write_config(folder, {"evaluation": cfg, "pretraining": model_cfg})
+    failures, outcome = evaluation.Failures(args.allow_missing), {}
+    writer = MetricsWriter(folder, None if states else 0)
     for part in data.parts:
         stage(f"Fine-tuning, {part.name} classes")
         options = {key: value for key, value in cfg["model"]["args"].items() if key != "n_classes"}
@@ -167,6 +171,8 @@ def fine_tune(
             clock.count(size)
             if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps:
                 figures = averages.read() | clock.read()
+                if not math.isfinite(figures["loss"]):
+                    raise RunFailed(f"{part.name}, epoch {epoch + 1}: the loss is not finite; lower lr.base_lr")
                 writer.write(f"{part.name} train", epoch * batches.steps + step + 1, figures)
                 clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
                 place = f"{'warm-up ' if warming else ''}epoch {epoch + 1}/{num_epochs} step {step + 1}/{batches.steps}"

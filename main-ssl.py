@@ -24,7 +24,17 @@ from utils.compiling import compiles
 from utils.config import load_config
 from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
-from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, percentages, stage, start_run
+from utils.logger import (
+    MetricsWriter,
+    StepClock,
+    TrainingLog,
+    log,
+    parameter_summary,
+    percentages,
+    stage,
+    start_run,
+    write_config,
+)
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
@@ -56,6 +66,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
     state = checkpoints.latest()
+    write_config(folder, cfg)
     if state is not None:
         audio_stats = state["audio_stats"]
     else:
@@ -91,6 +102,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
+    guard.protect(model)
     net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
@@ -161,7 +173,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 clock.restart()
 
         start_step, done = 0, epoch + 1
-        if done % cfg["test_freq"] == 0 or done == num_epochs:
+        if checkpoints.due_after(done):
             criterion.assemble()
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
         if monitor_every and (done % monitor_every == 0 or done == num_epochs):

@@ -61,8 +61,10 @@ def audio_statistics(
     cached = Path(cache_dir) / f"audio-stats-{digest}.npz"
     if cached.is_file():
         log.info("audio statistics: read from %s", cached)
-        with np.load(cached) as stored:
-            return {name: torch.from_numpy(stored[name]) for name in ("mean", "std")}
+        try:
+            return read_statistics(cached, recipe.spec_params["n_mels"])
+        except UserError as error:
+            log.warning("%s; they are computed again", error)
     statistics, used = _compute(videos, chosen, recipe, num_workers)
     log.info("audio statistics: from %d videos, kept in %s", used, cached)
     temporary = cached.with_suffix(f".{os.getpid()}.tmp")

@@ -94,9 +94,11 @@ def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, vid
 
 @pytest.mark.parametrize("script", ["main-ssl.py", SCRIPT])
 def test_steps_may_be_left_out(tmp_path, videos, script):
-    file = write_config(tmp_path, videos, "nan", script, skip_nonfinite=1, optimizer__num_epochs=1)
+    changes = {"skip_nonfinite": 1, "optimizer__num_epochs": 1, "monitor_every": 1}
+    file = write_config(tmp_path, videos, "nan", script, **changes)
     output = run(file, script=script, launcher=("-c", NAN_IN_STEP_3)).stdout
     assert "this step is left out (1 of 1)" in output
     state = final(tmp_path, "nan")
+    assert all(value.isfinite().all() for value in state["model"].values())  # BN's statistics, too
     assert all(value.isfinite().all() for value in state["train_criterion"].values())
     assert all(entry["exp_avg"].isfinite().all() for entry in state["optimizer"]["state"].values())

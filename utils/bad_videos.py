@@ -76,7 +76,7 @@ class BadVideos:
             entry = self._counts.setdefault(name, [reason, 0])
             entry[1] += 1
         temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["file", "reason", "count"])
             rows.writerows([name, *entry] for name, entry in sorted(self._counts.items()))

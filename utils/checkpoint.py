@@ -9,6 +9,7 @@ import pickle
 import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from utils.config import flatten
-from utils.distributed import is_main, world_size
+from utils.distributed import any_rank, is_main, world_size
 from utils.errors import UserError, lost_worker
 
 log = logging.getLogger("avssrl")
@@ -95,6 +96,12 @@ class RunCheckpoints:
         """Whether `save_every_minutes` have passed since the last save."""
         return time.monotonic() - self._last_save > 60 * self.config["save_every_minutes"]
 
+    def due_after(self, epoch: int) -> bool:
+        """Whether to save after `epoch` epochs; every rank must call it."""
+        optimizer = self.config["optimizer"]
+        asked = epoch % self.config["test_freq"] == 0 or epoch == optimizer["num_epochs"]
+        return any_rank(self.due()) or asked or epoch in optimizer["lr"]["milestones"]
+
     def save(self, parts: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
         """Rank 0 saves each part's `state_dict` under its name, and the `values` (epoch, step, ...) as they are."""
         self._last_save = time.monotonic()
@@ -119,7 +126,7 @@ class RunCheckpoints:
         """Delete epoch checkpoints that are neither milestones nor among the last `keep_last`."""
         kept = {f"checkpoint-ep{epoch}.pth.tar" for epoch in self.config["optimizer"]["lr"]["milestones"]}
         others = [path for path in self.folder.glob("checkpoint-ep*.pth.tar") if path.name not in kept]
-        others.sort(key=lambda path: int(path.name.removeprefix("checkpoint-ep").split(".")[0]))
+        others.sort(key=lambda path: path.stat().st_mtime_ns)  # not by epoch: some may be of a run before
         for path in others[: max(0, len(others) - self.config["keep_last"])]:
             path.unlink()
 
@@ -261,7 +268,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     Names of the module that end with one of `optional` may be missing from `weights`.
 
     Raises:
-        UserError: names are missing or unexpected, or shapes differ; the message lists them and names `source`.
+        UserError: names are missing or unexpected, shapes differ, or numbers are not finite; the message lists them and
+            names `source`.
     """
     weights, own = unwrap_names(weights), module.state_dict()
     missing = [name for name in own if name not in weights and not name.endswith(optional or ("\0",))]
@@ -275,6 +283,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
         parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
         text = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in parts if names)
         raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
+    tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} are not finite: {_few(broken)}; take an earlier checkpoint")
     module.load_state_dict(dict(weights), strict=False)
 
 
@@ -333,10 +345,13 @@ def _check_sums(path: Path) -> None:
             raise UserError(f"{path}: not a readable checkpoint: torch.save did not write it")
         if head == b"PK":
             with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():  # what torch.save leaves 0, and no checksum is of
+                    if entry.compress_type or entry.flag_bits & 1 or entry.external_attr:
+                        raise UserError(f"{path}: is damaged: its list of contents, at {entry.filename}")
                 bad = archive.testzip()
             if bad is not None:
                 raise UserError(f"{path}: is damaged: checksum of {bad} does not hold")
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: is damaged or cut short: {_one_line(error)}") from None
 
 

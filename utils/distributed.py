@@ -5,6 +5,7 @@ they answer for a single process.
 """
 
 import argparse
+import ctypes
 import inspect
 import logging
 import os
@@ -200,9 +201,17 @@ def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None
     if plan is None:
         worker(_single_device(options.gpu), *args)
     elif plan.local is None:
+        _end_with_launcher()
         _run_one(plan, plan.first_rank, plan.local_rank, worker, args)
     else:
         _spawn(plan, worker, args)
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM (save and leave) to this process if the one that started it, such as torchrun, dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def plan_processes(options: argparse.Namespace) -> Processes | None:
@@ -286,7 +295,7 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
         store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
         store = _clean_store(store, own_rank, plan.world_size)
         dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
-    except (ValueError, dist.DistError) as error:
+    except (ValueError, RuntimeError) as error:  # DistError is one of the latter
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)
     dist.destroy_process_group()
@@ -331,6 +340,12 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     try:
         while not context.join(grace_period=GRACE):
             pass
+    except KeyboardInterrupt:  # of this process alone: from a terminal it goes to all
+        _pass_on(signal.SIGTERM, context)
+        for process in context.processes:
+            process.join(GRACE)
+            process.kill()
+        raise
     except mp.ProcessExitedException as error:
         if not messages.empty():
             kind, message = messages.get()

@@ -171,12 +171,12 @@ class Failures:
 
 
 def top_share(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share of rows, in percent, whose label is among the min(k, classes) largest scores. Ties count against it.
+    """Share of rows, in percent, whose label is among the min(k, classes) largest scores. Ties and NaN do not count.
 
     Scores are (N, classes), labels (N,).
     """
     own = scores.gather(1, labels.unsqueeze(1))
-    ahead = (scores >= own).sum(1) - 1
+    ahead = (~(scores < own)).sum(1) - 1
     return 100.0 * (ahead < k).double().mean().item()
 
 
@@ -249,6 +249,9 @@ class StoredClassifier:
                 )
         log.info("going on from %s", path)
         self._parts = state["parts"]
+        missing = [part for part in self.prints["recipe"]["parts"] if part not in self._parts]
+        if self.cfg["test_only"] and missing:
+            raise UserError(f"{path}: no classifier for the {missing[0]} classes yet; train it without --test-only")
         return self._parts
 
     def save(self, part: str, **state: object) -> None:

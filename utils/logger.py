@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -32,7 +33,7 @@ def setup_logging(folder: Path, quiet: bool) -> None:
     handlers: list[logging.Handler] = []
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "train.log"))
+        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
     if not quiet or not is_main():
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
@@ -48,7 +49,7 @@ def stage(title: str) -> None:
 def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
     """Open the run's folder, by default `<model_dir>/<name>`, set up the log, and note where the run comes from.
 
-    Rank 0 writes the resolved configuration to `config.yaml` and adds one line on this start to `runs.jsonl`.
+    Rank 0 adds one line on this start to `runs.jsonl`.
     """
     folder = folder or Path(config["model"]["model_dir"]) / config["model"]["name"]
     try:
@@ -56,7 +57,6 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
         stage("Run")
         if is_main():
             record = provenance()
-            (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
             with (folder / "runs.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             log.info("%s", record["command"])
@@ -65,6 +65,12 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"model.model_dir: {folder}: cannot be written: {error}") from None
     return folder
+
+
+def write_config(folder: Path, config: Mapping) -> None:
+    """Rank 0 writes the resolved configuration to `<folder>/config.yaml`: not before a stored run accepted it."""
+    if is_main():
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def provenance() -> dict:
@@ -104,19 +110,31 @@ class MetricsWriter:
     """Rank 0's figures, to TensorBoard and to `metrics.jsonl`, one JSON object a line.
 
     `resume_step` is the step that the run goes on from: lines of later steps, written by a run that was then killed
-    before its next checkpoint, are dropped, so that the files tell one uninterrupted story.
+    before its next checkpoint, are dropped, so that the files tell one uninterrupted story. None: all lines stay,
+    those that a killed run will write again, too.
+
+    Raises:
+        UserError: a figure could not be written.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int | None = 0) -> None:
         self._path = folder / "metrics.jsonl"
         if not is_main():
             return
         from torch.utils.tensorboard import SummaryWriter
 
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step] if resume_step else []
-        self._path.write_text("".join(line + "\n" for line in kept))
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
+        last = math.inf if resume_step is None else resume_step
+        kept = [line for line in lines if _step_of(line) <= last] if resume_step != 0 else []
+        if kept != lines:
+            temporary = self._path.with_suffix(".tmp")
+            try:
+                temporary.write_text("".join(line + "\n" for line in kept))
+                os.replace(temporary, self._path)
+            except OSError as error:
+                raise UserError(f"{self._path}: could not be written: {error}") from None
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=purge)
 
     def write(self, group: str, step: int, figures: Mapping[str, float]) -> None:
         """Write figures of a group (`train`, `retrieval`, ...) after the run's `step`-th step."""
@@ -124,8 +142,11 @@ class MetricsWriter:
             return
         for name, value in figures.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"group": group, "step": step, **figures}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"group": group, "step": step, **figures}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: could not be written: {error}") from None
 
     def close(self) -> None:
         """Flush to disk."""
@@ -137,7 +158,7 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # the half line of a killed run
-        return float("inf")
+        return math.nan
 
 
 def read_metrics(folder: str | Path, group: str) -> list[dict]:

@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.distributed import any_rank, barrier, gather_objects, is_main, rank, world_size
 from utils.errors import Preempted, RunFailed
@@ -63,7 +63,18 @@ class NonFiniteGuard:
     def __init__(self, folder: Path, name_of: Callable[[int], str], skips: int, scaled: bool) -> None:
         self.folder, self.name_of, self.skips, self.scaled = folder, name_of, skips, scaled
         self.skipped = 0
+        self._model: nn.Module | None = None
+        self._kept: dict[str, Tensor] = {}
         self._waiting: tuple[_Verdict, dict] | None = None
+
+    def protect(self, model: nn.Module) -> None:
+        """Let steps that are left out leave the BN statistics of `model` alone, which each forward pass has changed."""
+        self._model = model if self.skips else None
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._model is not None:
+            self._kept = {name: value.clone() for name, value in self._model.named_buffers()}
 
     def admits(self, place: Mapping[str, int], losses: list[Tensor], norm: Tensor, terms: dict, index: list) -> bool:
         """Whether the optimizer may step.
@@ -90,7 +101,10 @@ class NonFiniteGuard:
             self._waiting = (_Verdict(bad), facts)
             return True
         if not bad.item():
+            self._keep()
             return True
+        for name, value in self._model.named_buffers():
+            value.copy_(self._kept[name])
         self.skipped += 1
         file = self._save(facts)
         if self.skipped > self.skips:

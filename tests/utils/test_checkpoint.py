@@ -49,6 +49,49 @@ def test_a_damaged_latest_one_is_passed_over(tmp_path, damage, caplog):
         checkpoint.load_latest(tmp_path)
 
 
+@pytest.mark.parametrize(("offset", "bit"), [(8, 0), (10, 3), (38, 4)])  # encrypted, compressed, a folder
+def test_a_damaged_list_of_contents_is_noticed(tmp_path, offset, bit):
+    for value in (1, 2):
+        checkpoint.save(tmp_path, state(value))
+    latest = tmp_path / checkpoint.LATEST
+    data = bytearray(latest.read_bytes())
+    data[data.index(b"PK\x01\x02") + offset] ^= 1 << bit
+    latest.write_bytes(data)
+    assert checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+def run_checkpoints(folder, **changes):
+    optimizer = {"num_epochs": 5, "lr": {"milestones": [2]}}
+    cfg = {"test_freq": 3, "keep_last": 0, "save_every_minutes": 60, "resume": True, "optimizer": optimizer, **changes}
+    return checkpoint.RunCheckpoints(folder, cfg, "videos")
+
+
+def test_what_is_saved_after_an_epoch(tmp_path):
+    checkpoints = run_checkpoints(tmp_path)
+    assert [epoch for epoch in range(1, 6) if checkpoints.due_after(epoch)] == [2, 3, 5]  # a milestone, the last one
+    checkpoints = run_checkpoints(tmp_path, save_every_minutes=0)
+    assert all(checkpoints.due_after(epoch) for epoch in range(1, 6))
+
+
+def test_a_run_started_anew_keeps_its_own_last_epochs(tmp_path):
+    for epochs, kept in ((5, ["2", "4", "5"]), (3, ["2", "3"])):  # 2 is a milestone
+        checkpoints = run_checkpoints(
+            tmp_path, keep_last=2, optimizer={"num_epochs": epochs, "lr": {"milestones": [2]}}
+        )
+        for epoch in range(1, epochs + 1):
+            checkpoints.save_epoch({}, epoch)
+        found = {path.name.removeprefix("checkpoint-ep").split(".")[0] for path in tmp_path.glob("checkpoint-ep*")}
+        assert set(kept) <= found
+    assert found == {"1", "2", "3"}
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="file.pth: 1 are not finite: bias"):
+        checkpoint.load_weights(
+            nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.tensor([torch.nan])}, "file.pth"
+        )
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.load_latest(tmp_path / "absent") is None
 

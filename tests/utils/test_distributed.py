@@ -3,6 +3,8 @@
 import argparse
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +138,34 @@ def test_processes_that_torchrun_starts_again_find_each_other(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0: sum 3", "rank 1: sum 3"]
+
+
+WAITS = """
+import os, sys, time
+from pathlib import Path
+from utils.cli import pretraining_parser
+from utils.distributed import launch, rank
+
+def worker(device):
+    Path(__file__).with_name(f"pid{rank()}").write_text(str(os.getpid()))
+    time.sleep(100)
+
+launch(worker, pretraining_parser("").parse_args(["any.yaml"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that the one which started it died")
+def test_ranks_end_with_their_torchrun(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    files = [tmp_path / f"pid{own_rank}" for own_rank in range(2)]
+    with subprocess.Popen([sys.executable, *TORCHRUN, str(tmp_path / "waits.py")], env=ENV) as torchrun:
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+        torchrun.kill()
+    wait_until(lambda: not any(Path("/proc", file.read_text(), "cmdline").exists() for file in files))
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

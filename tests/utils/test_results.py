@@ -40,6 +40,7 @@ def test_accuracies_are_those_of_the_definition():
     assert two["Clip@5"] == 100  # of two classes
     tied = evaluation.top_share(torch.zeros(3, 4), torch.tensor([0, 1, 2]), 1)
     assert tied == 0  # a network that tells nothing apart scores nothing
+    assert evaluation.top_share(torch.full((3, 4), torch.nan), torch.tensor([0, 1, 2]), 1) == 0
 
 
 def outcome(classes=3, seed=0):
