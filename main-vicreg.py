@@ -136,8 +136,9 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
     stage("Training")
     monitor_every = cfg["monitor_every"]
-    if monitor_every and (start_epoch, start_step) == (0, 0):
-        measure(0)
+    due = monitor_every and start_step == 0 and (start_epoch % monitor_every == 0 or start_epoch == num_epochs)
+    if due and not writer.wrote("retrieval", start_epoch * batches.steps):  # not yet, or the run was killed before
+        measure(start_epoch)
     averages, clock = Averages(), StepClock()
     for epoch in range(start_epoch, num_epochs):
         model.train()

@@ -20,7 +20,8 @@ def final(folder, name):
 
 
 def test_a_run_logs_each_term(tmp_path, videos):
-    output = run(write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1), script=SCRIPT).stdout
+    file = write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1)
+    output = run(file, script=SCRIPT).stdout
     assert "VICRegWrapper" in output and "held out, after 2 epochs" in output
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
     train = [line for line in map(json.loads, lines) if line["group"] == "train"]
@@ -30,6 +31,10 @@ def test_a_run_logs_each_term(tmp_path, videos):
         assert line["loss"] == pytest.approx(weighted, rel=1e-4)
     kept = sorted(path.name for path in (tmp_path / "runs/tiny").glob("checkpoint-ep*"))
     assert kept == ["checkpoint-ep1.pth.tar", "checkpoint-ep2.pth.tar"]  # a milestone, and the last one
+    metrics = tmp_path / "runs/tiny/metrics.jsonl"
+    metrics.write_text("".join(line + "\n" for line in lines[:-1]))  # as if it had been killed before it was measured
+    run(file, script=SCRIPT)
+    assert metrics.read_text().splitlines() == lines
 
 
 def test_video_only(tmp_path, make_video):

@@ -119,13 +119,14 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, resume_step: int | None = 0) -> None:
         self._path = folder / "metrics.jsonl"
+        self._kept: list[str] = []
         if not is_main():
             return
         from torch.utils.tensorboard import SummaryWriter
 
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         last = math.inf if resume_step is None else resume_step
-        kept = [line for line in lines if _step_of(line) <= last] if resume_step != 0 else []
+        self._kept = kept = [line for line in lines if _step_of(line) <= last] if resume_step != 0 else []
         if kept != lines:
             temporary = self._path.with_suffix(".tmp")
             try:
@@ -147,6 +148,10 @@ class MetricsWriter:
                 file.write(json.dumps({"group": group, "step": step, **figures}) + "\n")
         except OSError as error:
             raise UserError(f"{self._path}: could not be written: {error}") from None
+
+    def wrote(self, group: str, step: int) -> bool:
+        """Whether the run wrote figures of this group after this step before it was started now; rank 0 knows."""
+        return any((record["group"], record["step"]) == (group, step) for record in map(json.loads, self._kept))
 
     def close(self) -> None:
         """Flush to disk."""
