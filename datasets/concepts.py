@@ -96,13 +96,13 @@ def read_unseen(file: str | Path, classes: tuple[str, ...]) -> list[str]:
         UserError: the file cannot be read, or a name is in no class of the data set (with the nearest one).
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"dataset.rest_classes: {file}: cannot be read: {error}") from None
     by_letters = {_letters(name): name for name in classes}
     unseen = []
     for line in lines:
-        if not line.strip() or line.startswith("#"):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
         letters = _letters(line)
         if letters not in by_letters:

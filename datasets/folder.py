@@ -1,6 +1,7 @@
 """Any directory of videos, with an optional CSV of labels and a rule for what is held out."""
 
 import csv
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from datasets.manifest import manifest_of
 from datasets.video_dataset import VideoList
 from utils.errors import UserError
 
+log = logging.getLogger("avssrl")
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 
 
@@ -15,8 +17,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """The videos anywhere below the root, in the order of their names.
 
     With `dataset.holdout_every: N`, split `test` is every video whose number in that order is a multiple of N, `train`
-    is the rest; `all` is all of them. `dataset.labels` is a CSV file below the root with a header: its first column
-    names the video (path below the root), `dataset.label_column` (default: the second) its label.
+    is the rest; `all` is all of them. Videos that could not be prepared keep their numbers, so that none changes sides.
+    `dataset.labels` is a CSV file below the root with a header: its first column names the video (path below the root),
+    `dataset.label_column` (default: the second) its label.
     """
     root, every = Path(dataset["root"]), dataset["holdout_every"]
     if split not in ("train", "test", "all"):
@@ -24,9 +27,11 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     if split != "all" and every is None:
         raise UserError(f"dataset split {split!r}: set dataset.holdout_every (such as 5), or use split all")
     manifest = manifest_of(root)
-    names = sorted(find(root)) if manifest is None else sorted(manifest.paths)
+    names = sorted(find(root)) if manifest is None else sorted([*manifest.sources, *manifest.errors])
     if split != "all":
         names = [name for i, name in enumerate(names) if (i % every == 0) == (split == "test")]
+    if manifest is not None:
+        names = [name for name in names if name in manifest.sources]
     if not names:
         raise UserError(f"{root}: holds no video for split {split}; looked for {' '.join(ENDINGS)}")
     labels, classes = _labels(root, dataset["labels"], dataset["label_column"], names)
@@ -58,7 +63,7 @@ def _labels(root: Path, labels: str | None, column: str | None, names: list[str]
         return None, []
     file = root / labels
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             header, *rows = [row for row in csv.reader(lines) if row]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{file}: expected a CSV file with a header and rows: {error}") from None
@@ -68,4 +73,9 @@ def _labels(root: Path, labels: str | None, column: str | None, names: list[str]
     label_of = {os.path.normpath(row[0]): row[place] for row in rows if len(row) > place}
     classes = sorted(set(label_of.values()))
     number = {label: i for i, label in enumerate(classes)}
-    return [number[label_of[name]] if name in label_of else -1 for name in names], classes
+    found = [number[label_of[name]] if name in label_of else -1 for name in names]
+    if label_of and max(found) < 0:
+        raise UserError(f"{file}: names none of the videos: it has {next(iter(label_of))}, the folder has {names[0]}")
+    if -1 in found:
+        log.warning("%s: no label for %d of %d videos", file, found.count(-1), len(found))
+    return found, classes

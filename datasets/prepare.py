@@ -61,8 +61,13 @@ def prepare(args: argparse.Namespace) -> None:
     raw, out = Path(args.root), Path(args.out) if args.out else None
     shard, shards = _shard(args.shard)
     fps = None if args.fps == "keep" else _positive(args.fps)
+    if min(args.workers, args.short_side, args.time_limit) <= 0:
+        numbers = f"--workers {args.workers}, --short-side {args.short_side}, --time-limit {args.time_limit:g}"
+        raise UserError(f"{numbers}: expected numbers above 0")
     if not raw.is_dir():
         raise UserError(f"--root {raw}: no such folder")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is no folder")
     if (out is None) != args.check:
         raise UserError("give --out PREPARED, or --check to write nothing but a report")
     if out is not None and raw.resolve() in (out.resolve(), *out.resolve().parents):

@@ -2,12 +2,15 @@
 
 import csv
 import hashlib
+import logging
 import os
 from pathlib import Path
 
 from datasets.manifest import manifest_of
 from datasets.video_dataset import VideoList
 from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
 
 SUBSET_SIZE = 50_000
 HELP = "expected <root>/train/ and <root>/test/ with files <youtube id>_<start second>.mp4; see README, VGGSound"
@@ -62,13 +65,15 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
         chosen = sorted(names, key=lambda name: hashlib.sha256("{}_{}".format(*clips[name]).encode()).digest())
         return sorted(chosen[:SUBSET_SIZE])
     try:
-        lines = Path(list_file).read_text().split()
+        lines = Path(list_file).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"dataset.list: {list_file}: cannot be read: {error}") from None
     wanted = {parse_name(line.rsplit("/", 1)[-1]) for line in lines}
     kept = [name for name in names if clips[name] in wanted]
     if not kept:
         raise UserError(f"dataset.list: {list_file}: none of its {len(wanted)} videos is there")
+    if len(kept) < len(wanted):
+        log.warning("dataset.list: %s: of its %d videos %d are there", list_file, len(wanted), len(kept))
     return kept
 
 
@@ -76,8 +81,11 @@ def read_labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[s
     """The label of each clip by vggsound.csv, -1 where it has none, and the classes; None without the file."""
     if not file.is_file():
         return None, []
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.reader(lines) if row]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
     bad = next((row for row in rows if len(row) < 3 or not row[1].isdecimal()), None)
     if bad is not None:
         raise UserError(f"{file}: expected rows of id, start second, label, split; found {','.join(bad)!r}")

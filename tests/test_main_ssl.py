@@ -174,6 +174,15 @@ def test_weights_and_bank_of_another_run(config):
     assert f"weights from {stored}" in output and f"memory bank from {stored}" in output
     error = run(config("third", model__args__checkpoint=stored, model__args__proj_dim=[32, 16]), status=2).stderr
     assert "video_proj.projection" in error and "does not fit AVWrapper" in error and error.count("\n") == 1
+    avid = {  # AVID-CMA's names, and no memory bank
+        name.replace("spatial_", "spt_").replace("temporal_", "tmp_"): value
+        for name, value in final(config.folder("first"))["model"].items()
+    }
+    torch.save({"model": avid}, config.folder("first") / "avid.pth")
+    other = {"model__args__checkpoint": str(config.folder("first") / "avid.pth")}
+    assert "AVID-CMA's checkpoint" in run(config("avid", **other, optimizer__num_epochs=1)).stdout
+    other["loss__args__checkpoint"] = other["model__args__checkpoint"]
+    assert "holds no memory bank" in run(config("bare", **other), status=2).stderr
 
 
 def test_a_bank_in_shards_is_saved_whole_and_goes_on_in_one_process(config):

@@ -146,10 +146,13 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
         UserError: they do not fit, or the bank belongs to another list of videos than the one with this fingerprint.
     """
     if (file := cfg["model"]["args"].get("checkpoint")) is not None:
-        load_weights(model, load(file)["model"], file)
-        log.info("weights from %s", file)
+        weights, whose = recognise(load(file), file)
+        load_weights(model, weights, file)
+        log.info("weights from %s: %s", file, whose)
     if (file := cfg["loss"]["args"].get("checkpoint")) is not None:
         other = load(file)
+        if "train_criterion" not in other:
+            raise UserError(f"loss.args.checkpoint: {file}: holds no memory bank (`train_criterion`)")
         if other.get("videos", videos) != videos:
             raise UserError(
                 f"loss.args.checkpoint: {file}: its bank is for list {other['videos']}, this one is {videos}"

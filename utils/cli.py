@@ -61,12 +61,18 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--world-size", "--world_size", type=int, metavar="N", help="number of nodes; default: 1")
     add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
     add("--dist-url", "--dist_url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
-    add("--dist-backend", "--dist_backend", metavar="B", help="default: nccl on GPUs, gloo on CPUs")
+    add(
+        "--dist-backend",
+        "--dist_backend",
+        choices=("nccl", "gloo"),
+        metavar="B",
+        help="default: nccl on GPUs, gloo on CPUs",
+    )
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or above, found {text}")
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, found {text}")
     return int(text)
 
 

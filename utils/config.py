@@ -7,6 +7,7 @@ augments or drops). Files written for the thesis' code load unchanged.
 
 import copy
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,7 +308,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-40
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
@@ -371,7 +372,7 @@ def _apply(raw: dict, override: str) -> None:
         raise UserError(f"--set {override}: expected KEY=VALUE, such as dataset.batch_size=16")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = name.split(".")
     section = raw
@@ -434,9 +435,10 @@ def _convert(value: Any, rule: Key) -> Any:
         return None if bad else items
     if rule.kind is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             return None
+        return number if math.isfinite(number) else None
     if rule.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, rule.kind) and not (rule.kind is int and isinstance(value, bool)):

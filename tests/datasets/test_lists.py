@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from datasets import build_videos, vggsound
+from datasets.manifest import FILE, write_rows
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.statistics import audio_statistics
 from datasets.video_dataset import VideoList
@@ -92,11 +93,22 @@ def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
     assert names(build_videos(section("folder", root), "all")) == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
 
 
+def test_a_video_that_could_not_be_prepared_moves_no_other_to_the_other_side(tmp_path):
+    rows = [
+        {"path": f"{name}.mp4", "source": name, "error": "cannot be decoded" if name == "b" else ""}
+        for name in "abcdef"
+    ]
+    write_rows(tmp_path / FILE, rows)
+    test, train = (build_videos(section("folder", tmp_path, holdout_every=3), split) for split in ("test", "train"))
+    assert names(test) == ["a.mp4", "d.mp4"] and names(train) == ["c.mp4", "e.mp4", "f.mp4"]
+
+
 def test_a_folder_holds_out_every_nth_name(tmp_path):
     for name in ("b/3.MP4", "a/2.avi", "a/1.mp4", "c.webm", "d.mkv", "a/readme.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "labels.csv").write_text("path,colour,size\na/1.mp4,red,big\n./c.webm,blue,small\n")
+    (tmp_path / "others.csv").write_text("path,colour\n1.mp4,red\n", encoding="utf-8-sig")
     keys = {"holdout_every": 2, "labels": "labels.csv"}
     test = build_videos(section("folder", tmp_path, **keys), "test")
     train = build_videos(section("folder", tmp_path, **keys, label_column="size"), "train")
@@ -109,6 +121,7 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
         ({"holdout_every": 2}, "trian", "train, test, all"),
         ({"labels": "no.csv"}, "all", "no.csv"),
         ({"labels": "labels.csv", "label_column": "shape"}, "all", "path, colour, size"),
+        ({"labels": "others.csv"}, "all", "names none of the videos: it has 1.mp4, the folder has a/1.mp4"),
     ):
         with pytest.raises(UserError, match=words):
             build_videos(section("folder", tmp_path, **keys), split)
