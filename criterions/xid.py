@@ -170,7 +170,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         there = negatives > -torch.inf  # a clip's own among the live ones is left out
         return {
             "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
-            "neg_cos": negatives.where(there, 0).sum() / there.sum(),
+            "neg_cos": negatives.where(there, 0).sum() / there.sum().clamp_min(1),
             "video_spread": spread(video),
             "audio_spread": spread(audio),
         }

@@ -153,7 +153,7 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
 
     A filter so narrow that no FFT bin falls into it stays zero.
     """
-    bins = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
+    bins = np.arange(n_fft // 2 + 1) * sample_rate / n_fft
     edges = slaney_hz(np.linspace(0, slaney_mel(sample_rate / 2), n_mels + 2))
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     filters = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(0)

@@ -16,6 +16,7 @@ from criterions import build_criterion
 from criterions.memory_bank import DTYPES
 from utils.benchmark_tools import machine, table, time_in_turns, wait, write_json
 from utils.errors import UserError
+from utils.figures import save_figure
 from utils.memory import default_device
 
 matplotlib.use("Agg")
@@ -124,5 +125,5 @@ def _draw(args: argparse.Namespace, rows: list[dict], device: str) -> None:
     panels[0].set_ylim(0)
     panels[1].set_yscale("log")
     figure.suptitle(f"Memory bank: {sizes}; {device}", fontsize=9)
-    figure.savefig(args.png, dpi=120)
+    save_figure(figure, args.png, dpi=120)
     plt.close(figure)

@@ -39,6 +39,7 @@ from utils.benchmark_peers import installed
 from utils.benchmark_tools import table
 from utils.config import load_config
 from utils.errors import UserError
+from utils.figures import output_file, save_figure
 
 STAGES = ("open", "seek and decode", "convert", "resize", "audio", "collate")
 BATCH = 8
@@ -104,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
         "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
     )
     if args.json:
-        Path(args.json).write_text(json.dumps({"clips": rows, "skippable": skippable, "epochs": epochs}, indent=2))
+        output_file(args.json).write_text(
+            json.dumps({"clips": rows, "skippable": skippable, "epochs": epochs}, indent=2)
+        )
     if args.png:
         draw(rows, args.png)
 
@@ -329,4 +332,4 @@ def draw(rows: list[dict], file: str) -> None:
     axis.set(xlabel="ms of one core a clip", xlim=(0, 1.25 * left.max()))
     axis.invert_yaxis()
     axis.legend(fontsize=8, ncols=3, loc="lower right")
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from utils.figures import output_file, save_figure
+
 Run = Callable[[], object]
 
 
@@ -202,11 +204,10 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
     axes.set_xlabel(unit)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)
     plt.close(figure)
 
 
 def write_json(file: str | Path, report: dict) -> None:
     """The report as JSON; dataclasses as dicts."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(report, indent=1, default=asdict) + "\n")
+    output_file(file).write_text(json.dumps(report, indent=1, default=asdict) + "\n")

@@ -20,6 +20,7 @@ from utils.benchmark_forms import Step, forms_of
 from utils.benchmark_tools import Run, machine, table, wait, write_json
 from utils.config import load_config
 from utils.errors import UserError
+from utils.figures import save_figure
 from utils.memory import default_device
 from utils.prefetch import prefetch
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     loader = build_training(cfg, device, pairs=cfg["model"]["arch"] == "vicreg_v_wrapper")
     if cfg["loss"]["name"] == "xID":
         cfg["loss"]["args"]["num_instances"] = len(loader.dataset.videos)
-    batches, size = endless(loader), cfg["dataset"]["batch_size"]
+    batches, size = endless(loader), cfg["dataset"]["batch_size"] // cfg["accumulate"]
     on_device = prefetch(batches, device)
     step = Step(cfg, forms_of(cfg, device)[0][-1], next(on_device), device)
 
@@ -164,7 +165,7 @@ def draw(times: list[Times], device: torch.device, title: str, file: str) -> Non
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds, the first {len(times)} steps")
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)
     plt.close(figure)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.figures import save_figure
 from utils.results import FIGURES, mean_and_deviation
 
 log = logging.getLogger("avssrl")
@@ -145,7 +146,7 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
             axis.set(title=f"{benchmark[0]}, {title}", ylabel=f"{figure_name}, percent")
         line[0].legend(fontsize=8, handlelength=3.5)
     if file is not None:
-        figure.savefig(file, dpi=110)
+        save_figure(figure, file)
     return figure
 
 

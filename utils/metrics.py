@@ -82,16 +82,16 @@ def leave_one_out_accuracy(features: Tensor, labels: Tensor, ks: tuple[int, ...]
 
 
 def _cosines(queries: Tensor, gallery: Tensor) -> Tensor:
-    return (
-        torch.nn.functional.normalize(queries.float(), dim=1) @ torch.nn.functional.normalize(gallery.float(), dim=1).T
-    )
+    """In float64: in float32 near neighbours are equally near, and the first class would win their votes."""
+    queries, gallery = (torch.nn.functional.normalize(x.double(), dim=1) for x in (queries, gallery))
+    return queries @ gallery.T
 
 
 def _vote(cosines: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
     """kNN@min(k, rows of the gallery without `room`) by cosines (queries, gallery)."""
     ks = tuple(min(k, cosines.shape[1] - room) for k in ks)
     cosines, nearest = cosines.topk(max(ks), dim=1)
-    votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).float()
+    votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).double()
     accuracy = {}
     for k in ks:
         tally = (votes[:, :k] * (1 + 1e-4 * cosines[:, :k, None])).sum(1)

@@ -35,6 +35,7 @@ from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import UserError
+from utils.figures import output_file, save_figure
 from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
@@ -88,7 +89,7 @@ def report_results(folder: str, form: str, out: str | None) -> None:
     if out is None:
         print(table, end="")
     else:
-        Path(out).write_text(table)
+        output_file(out).write_text(table)
 
 
 def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
@@ -119,7 +120,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     if args.png is not None:
         figure = plt.figure(figsize=(12, 6.5), layout="constrained")
         draw_retrieval(figure, cfg, embeddings)
-        figure.savefig(args.png, dpi=110)
+        save_figure(figure, args.png)
     if args.map is not None:
         draw_map(embeddings, held_out.dataset.videos.classes or (), args.map)
 
@@ -156,7 +157,7 @@ def report_curves(cfgs: list[dict], out: Path) -> None:
     videos = len(build_held_out(cfgs[0], torch.device("cpu")).dataset)
     figure = plt.figure(figsize=(4 * len(cfgs) + 4, 3.8), layout="constrained")
     draw_curves(figure, cfgs, 100 * min(1.0, 10 / videos))
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out)
     plt.close(figure)
     print(f"picture: {out}")
 
@@ -219,7 +220,7 @@ def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
     curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     draw_curves(curves, cfgs, rows["chance"]["v2a_R@10"])
     draw_retrieval(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out)
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.evaluation import clip_accuracies, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
+from utils.figures import save_figure
 from utils.metrics import nearest_neighbour_accuracy
 
 log = logging.getLogger("avssrl")
@@ -115,7 +116,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
                 color="0.1" if percent[i, j] < 60 else "w",
             )
     figure.colorbar(image, ax=axis, shrink=0.5, label="percent")
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
 
 
 @dataclass

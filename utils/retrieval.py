@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.figures import save_figure
 from utils.metrics import leave_one_out_accuracy, retrieval
 
 log = logging.getLogger("avssrl")
@@ -107,7 +108,8 @@ def draw_answers(
     similarity = torch.einsum("iwd,jwd->ij", video, audio)
     rank_of_own = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
     queries, answers = min(queries, len(video)), min(answers, len(video))
-    chosen = rank_of_own.argsort(stable=True)[np.linspace(0, len(video) // 4, queries).astype(int)]
+    last = max(len(video) // 4, queries - 1)
+    chosen = rank_of_own.argsort(stable=True)[np.linspace(0, last, queries).astype(int)]
     axes = figure.subplots(queries, 1 + answers, width_ratios=[4] + [2] * answers, squeeze=False)
     figure.suptitle(
         "Videos and the held-out sounds nearest to them (green: the video's own; a title is the sound's class)"
@@ -167,4 +169,4 @@ def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | 
             axis.set(title=title, xticks=[], yticks=[])
     if len(coloured):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)

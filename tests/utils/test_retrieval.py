@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import leave_one_out_accuracy, nearest_neighbour_accuracy
+from utils.metrics import leave_one_out_accuracy, nearest_neighbour_accuracy, retrieval
 from utils.retrieval import draw_answers, draw_map, held_out_figures
 
 
@@ -33,6 +33,31 @@ def test_leave_one_out_is_each_row_against_the_others():
         single.append(nearest_neighbour_accuracy(features[others], labels[others], *one, (1, 3)))
     for name, value in leave_one_out_accuracy(features, labels, (1, 3)).items():
         assert value == pytest.approx(np.mean([figures[name] for figures in single]))
+
+
+def test_votes_of_near_neighbours_go_to_the_nearest_not_to_the_first_class():
+    """Features that differ by little beside what they have in common, as a network's do; the rule in plain float64."""
+    generator = torch.Generator().manual_seed(0)
+    features = 1 + 0.02 * torch.randn(60, 64, generator=generator)
+    labels = torch.arange(60) % 10
+    exact = features.double().numpy()
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    cosines = exact @ exact.T
+    np.fill_diagonal(cosines, -np.inf)
+    hits = 0
+    for i, row in enumerate(cosines):
+        nearest = np.argsort(-row)[:5]
+        votes = {
+            c: (np.sum(labels[nearest].numpy() == c), row[nearest][labels[nearest].numpy() == c].sum())
+            for c in range(10)
+        }
+        hits += max(votes, key=votes.get) == labels[i]
+    assert leave_one_out_accuracy(features, labels, (5,))["kNN@5"] == pytest.approx(100 * hits / 60)
+
+
+def test_nan_finds_nothing():
+    broken = torch.full((12, 2, 8), torch.nan)
+    assert set(retrieval(broken, torch.randn(12, 2, 8)).values()) == {0.0}
 
 
 def test_leave_one_out_leaves_out_what_has_no_label():
