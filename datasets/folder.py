@@ -28,13 +28,14 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         raise UserError(f"dataset split {split!r}: set dataset.holdout_every (such as 5), or use split all")
     manifest = manifest_of(root)
     names = sorted(find(root)) if manifest is None else sorted([*manifest.sources, *manifest.errors])
+    known = names
     if split != "all":
         names = [name for i, name in enumerate(names) if (i % every == 0) == (split == "test")]
     if manifest is not None:
         names = [name for name in names if name in manifest.sources]
     if not names:
         raise UserError(f"{root}: holds no video for split {split}; looked for {' '.join(ENDINGS)}")
-    labels, classes = _labels(root, dataset["labels"], dataset["label_column"], names)
+    labels, classes = _labels(root, dataset["labels"], dataset["label_column"], names, known)
     return VideoList(root, names, labels, classes)
 
 
@@ -58,7 +59,10 @@ def find(root: Path) -> list[str]:
     return found
 
 
-def _labels(root: Path, labels: str | None, column: str | None, names: list[str]) -> tuple[list[int] | None, list[str]]:
+def _labels(
+    root: Path, labels: str | None, column: str | None, names: list[str], known: list[str]
+) -> tuple[list[int] | None, list[str]]:
+    """The label of each of `names`, -1 where it has none, and the classes. `known` are the names of all splits."""
     if labels is None:
         return None, []
     file = root / labels
@@ -74,8 +78,8 @@ def _labels(root: Path, labels: str | None, column: str | None, names: list[str]
     classes = sorted(set(label_of.values()))
     number = {label: i for i, label in enumerate(classes)}
     found = [number[label_of[name]] if name in label_of else -1 for name in names]
-    if label_of and max(found) < 0:
-        raise UserError(f"{file}: names none of the videos: it has {next(iter(label_of))}, the folder has {names[0]}")
+    if label_of and label_of.keys().isdisjoint(known):
+        raise UserError(f"{file}: names none of the videos: it has {next(iter(label_of))}, the folder has {known[0]}")
     if -1 in found:
-        log.warning("%s: no label for %d of %d videos", file, found.count(-1), len(found))
+        log.info("%s: no label for %d of %d videos", file, found.count(-1), len(found))
     return found, classes

@@ -73,7 +73,7 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
     if not kept:
         raise UserError(f"dataset.list: {list_file}: none of its {len(wanted)} videos is there")
     if len(kept) < len(wanted):
-        log.warning("dataset.list: %s: of its %d videos %d are there", list_file, len(wanted), len(kept))
+        log.info("dataset.list: %s: of its %d videos %d are there", list_file, len(wanted), len(kept))
     return kept
 
 

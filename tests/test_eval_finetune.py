@@ -113,6 +113,12 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
     assert found["results"]["seen"]["pool"]["Clip@1"] == 100  # one class
 
 
+def test_a_loss_that_is_no_number_stops_it(cfgs):
+    cfg, model = cfgs(optimizer__lr__base_lr=1e30)
+    error = tiny.run(cfg, model, "--random-weights", script=SCRIPT, status=1).stderr
+    assert error.startswith("failed: all, epoch ") and "the loss is not finite" in error
+
+
 def test_mistakes_end_in_one_line(cfgs):
     cfg, model = cfgs()
     error = tiny.run(cfg, model, "--set", "model.args.n_classes=7", "--random-weights", script=SCRIPT, status=2).stderr

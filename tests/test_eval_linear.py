@@ -130,6 +130,10 @@ def test_unseen_and_seen_classes_and_few_shot_subsets(cfgs, tmp_path):
     assert len(few) == 2 and len(half) == 4 and set(few) < set(half)
     folder = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5_rest-classes"
     assert (folder / "confusion-unseen-pool.png").is_file() and (folder / "per-class-seen-pool.csv").is_file()
+    stored = checkpoint.load(folder / checkpoint.LATEST)
+    del stored["parts"]["seen"]  # as if it had been killed before
+    checkpoint.save(folder, stored)
+    assert "no classifier for the seen classes yet" in fail(cfg, model, *more, "--few-shot-ratio", 0.5, "--test-only")
     lists.write_text("handstand pushup\n")
     assert "the nearest is HandstandPushups" in fail(cfg, model, *more)
 

@@ -132,6 +132,7 @@ def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
         ({}, ("--world-size", 2, "--rank", 1), "--dist-url"),
         ({}, ("--distributed", "--nproc", 3), "does not divide into 3 processes"),
         ({}, ("--distributed", "--dist-backend", "nccl"), "nccl"),
+        ({}, ("--world-size", 2, "--rank", 0, "--dist-url", "foo"), "--dist-url foo: no process group"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(config, changes, arguments, words):

@@ -201,14 +201,18 @@ def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None
     if plan is None:
         worker(_single_device(options.gpu), *args)
     elif plan.local is None:
-        _end_with_launcher()
+        if plan.url == "env://":
+            _end_with_torchrun()
         _run_one(plan, plan.first_rank, plan.local_rank, worker, args)
     else:
         _spawn(plan, worker, args)
 
 
-def _end_with_launcher() -> None:
-    """Have Linux send SIGTERM (save and leave) to this process if the one that started it, such as torchrun, dies."""
+def _end_with_torchrun() -> None:
+    """Have Linux send SIGTERM (save and leave) to this process when torchrun, which started it, dies.
+
+    Not where a shell did: that a person logs out is no reason to stop.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

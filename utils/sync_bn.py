@@ -64,9 +64,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return mean, var
-    count = x.numel() // x.shape[1]
+    count, x = x.numel() // x.shape[1], x.double()  # before the square: rounded, it could be less than the mean's
     mean = _sum(x, torch.float64) / count
-    return mean, _sum(x.square(), torch.float64) / count - mean.square()
+    return mean, (_sum(x.square(), torch.float64) / count - mean.square()).clamp_min(0)
 
 
 class SharedBatchNorm(_BatchNorm):

@@ -96,6 +96,8 @@ def test_live_targets_are_those_of_the_formula(q, number, monkeypatch):
     if number == 0:
         cosines = F.normalize(video, dim=1) @ F.normalize(audio, dim=1).T
         assert criterion.stats["neg_cos"] == pytest.approx(cosines[index[:, None] != index].mean().item())
+        criterion(video, audio, torch.full_like(index, 3), q=q)  # clips of one video: there are no negatives
+        assert criterion.stats["neg_cos"] == 0
 
 
 def test_without_any_negatives():

@@ -116,6 +116,9 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
     assert test.classes == ("blue", "red") and test.labels.tolist() == [1, -1, -1]
     assert train.classes == ("big", "small") and train.labels.tolist() == [-1, 1]
     assert len(build_videos(section("folder", tmp_path), "all")) == 5
+    (tmp_path / "labels.csv").write_text("path,colour\nc.webm,blue\n")  # labels of the other split alone are no mistake
+    assert build_videos(section("folder", tmp_path, **keys), "test").labels.tolist() == [-1, -1, -1]
+    (tmp_path / "labels.csv").write_text("path,colour,size\na/1.mp4,red,big\n")
     for keys, split, words in (
         ({}, "train", "holdout_every"),
         ({"holdout_every": 2}, "trian", "train, test, all"),
@@ -145,5 +148,9 @@ def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, mak
     again = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
     assert all(torch.equal(stats[name], again[name]) for name in ("mean", "std"))
     monkeypatch.undo()
+    stored = next((tmp_path / "cache").glob("*.npz"))
+    stored.write_bytes(stored.read_bytes()[:100])
+    again = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
+    torch.testing.assert_close(again, stats)
     with pytest.raises(UserError, match="none of 1 videos could be read"):
         audio_statistics(VideoList(tmp_path, ["3.mp4"]), RECIPE, 0, tmp_path / "cache")

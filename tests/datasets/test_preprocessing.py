@@ -168,6 +168,14 @@ def test_mel_filters_equal_torchaudio():
     )
 
 
+def test_mel_filters_of_an_odd_window_lie_where_its_bins_do():
+    filters, bins = prep.mel_filters(8000, 255, 8).double(), torch.arange(128).double() * 8000 / 255
+    edges = torch.from_numpy(prep.slaney_hz(np.linspace(0, prep.slaney_mel(4000), 10)))
+    for row, (low, centre, high) in zip(filters, edges.unfold(0, 3, 1), strict=True):
+        expected = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp_min(0)
+        torch.testing.assert_close(row, expected / expected.sum(), atol=1e-6, rtol=0)
+
+
 def test_audio_prep_normalises_and_masks():
     mean, std = torch.linspace(-3, -1, 40), torch.linspace(0.5, 2, 40)
     audio = prep.AudioPrep(8000, {"n_fft": 128, "hop_length": 32, "n_mels": 40}, mean, std)

@@ -63,6 +63,8 @@ def test_every_shipped_file_loads(file):
         ("dataset.frame_size=200", ["dataset.frame_size", "224", "200"]),
         ("dataset.spec_params.hop_length=600", ["spec_params.hop_length", "600", "512"]),
         ("dataset.spec_params.n_fft=40000", ["spec_params.n_fft", "40000", "32000"]),
+        ("dataset.video_fps=.inf", ["dataset.video_fps", "a number"]),
+        ("model.name=2026-13-40", ["--set model.name", "not valid YAML"]),
         ("dataset.train=3", ["dataset.train", "section"]),
         ("resume", ["--set resume", "KEY=VALUE"]),
     ],

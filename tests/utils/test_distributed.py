@@ -1,6 +1,7 @@
 """utils.distributed: which processes a command line and an environment ask for."""
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -150,21 +151,32 @@ def worker(device):
     Path(__file__).with_name(f"pid{rank()}").write_text(str(os.getpid()))
     time.sleep(100)
 
-launch(worker, pretraining_parser("").parse_args(["any.yaml"]))
+if __name__ == "__main__":
+    launch(worker, pretraining_parser("").parse_args(["any.yaml", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that the one which started it died")
 def test_ranks_end_with_their_torchrun(tmp_path):
-    (tmp_path / "waits.py").write_text(WAITS)
-    files = [tmp_path / f"pid{own_rank}" for own_rank in range(2)]
-    with subprocess.Popen([sys.executable, *TORCHRUN, str(tmp_path / "waits.py")], env=ENV) as torchrun:
+    ranks_end_after(tmp_path, signal.SIGKILL, launcher=TORCHRUN)
+
+
+def test_an_interrupt_of_the_launcher_alone_ends_its_ranks(tmp_path):
+    ranks_end_after(tmp_path, signal.SIGINT, "--distributed", "--nproc", "2")
+
+
+def ranks_end_after(folder, number, *options, launcher=()):
+    """Start two ranks that wait, send a signal to the process that started them, and see them end."""
+    (folder / "waits.py").write_text(WAITS)
+    files = [folder / f"pid{own_rank}" for own_rank in range(2)]
+    command = [sys.executable, *launcher, str(folder / "waits.py"), *options]
+    with subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
-        torchrun.kill()
-    wait_until(lambda: not any(Path("/proc", file.read_text(), "cmdline").exists() for file in files))
+        process.send_signal(number)
+        wait_until(lambda: not any(Path("/proc", file.read_text(), "cmdline").exists() for file in files))
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

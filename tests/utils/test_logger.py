@@ -3,6 +3,8 @@
 import pytest
 
 from utils.bad_videos import BadVideos
+from utils.errors import UserError
+from utils.figures import output_file
 from utils.logger import MetricsWriter, read_metrics
 
 
@@ -25,3 +27,10 @@ def test_a_bad_video_whose_name_is_no_utf_8_is_noted(tmp_path, monkeypatch):
     bad = BadVideos(tmp_path, 1.0, 10)
     bad._flush([("clip\udce9.mp4", "cannot be opened")])
     assert b"clip\xe9.mp4,cannot be opened,1" in (tmp_path / "bad-videos.csv").read_bytes()
+
+
+def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
+    output_file(tmp_path / "new/deeper/table.csv").write_text("a,b\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="its folder cannot be made"):
+        output_file(tmp_path / "file/table.csv")

@@ -93,6 +93,20 @@ def test_a_picture_of_queries_and_answers(embeddings):
         assert first.patch.get_edgecolor()[:3] == matplotlib.colors.to_rgb("limegreen")
 
 
+def test_a_picture_of_few_videos_shows_each_once(embeddings):
+    few = {name: value[:4] for name, value in embeddings.items()}
+    asked = []
+
+    def show(index):
+        asked.append(int(index))
+        return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
+
+    figure = plt.figure()
+    draw_answers(figure, few, show, ("a", "b", "c"), queries=4, answers=1)
+    plt.close(figure)
+    assert sorted(asked[::2]) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_map_of_embeddings(embeddings, tmp_path, labelled):
     file = tmp_path / "map.png"

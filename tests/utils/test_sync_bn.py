@@ -71,3 +71,14 @@ def test_a_compiled_model_gets_the_bn_that_compiles(monkeypatch, compiled, kind)
     net = synchronise_bn(network(), torch.device("cuda"), compiled)
     assert [type(net[1]), type(net[3])] == [kind, kind]
     assert net.state_dict().keys() == network().state_dict().keys()
+
+
+@pytest.mark.parametrize("value", [0.0, 30.1, 300.3])
+def test_a_channel_that_is_constant_has_no_variance_below_0(value):
+    """Black frames make such channels; float32 squares of 30.1 are less than the square of their mean."""
+    net = share_bn(nn.Sequential(nn.BatchNorm3d(2)))
+    clips = torch.full((4, 2, 3, 5, 5), value, requires_grad=True)
+    found = net(clips)
+    found.sum().backward()
+    torch.testing.assert_close(found, torch.zeros_like(found), atol=0.02, rtol=0)
+    assert clips.grad.isfinite().all()
