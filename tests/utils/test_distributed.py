@@ -170,7 +170,11 @@ def ranks_end_after(folder, number, *options, launcher=()):
     (folder / "waits.py").write_text(WAITS)
     files = [folder / f"pid{own_rank}" for own_rank in range(2)]
     command = [sys.executable, *launcher, str(folder / "waits.py"), *options]
-    with subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL) as process:
+
+    def heed_interrupts():  # which a shell tells what it starts in the background to ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts) as process:
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
         process.send_signal(number)
         wait_until(lambda: not any(Path("/proc", file.read_text(), "cmdline").exists() for file in files))
