@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.sampling import block_mask
+from utils.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -228,6 +229,9 @@ class BatchPrep(nn.Module):
         dataset: a configuration's `dataset` section.
         audio_stats: `mean` and `std` (n_mels,) of the training set; None where no sound is used.
         device: where the network is.
+
+    Raises:
+        UserError: the statistics are of another number of mel bins than the configuration's.
     """
 
     def __init__(self, dataset: dict, audio_stats: dict[str, Tensor] | None, device: torch.device) -> None:
@@ -235,6 +239,9 @@ class BatchPrep(nn.Module):
         self.video = VideoPrep(dataset["color"])
         self.audio = None
         if audio_stats is not None:
+            bins, asked = len(audio_stats["mean"]), dataset["spec_params"]["n_mels"]
+            if bins != asked:
+                raise UserError(f"dataset.spec_params.n_mels: {asked}, but the audio statistics are of {bins} mel bins")
             self.audio = AudioPrep(dataset["audio_srate"], dataset["spec_params"], **audio_stats)
         self.device = device
         self.to(device)

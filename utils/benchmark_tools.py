@@ -67,11 +67,18 @@ def count_flops(run: Run) -> int:
     return counter.get_total_flops()
 
 
-class ByteCounter(TorchDispatchMode):
-    """Adds up the bytes of operators' inputs and outputs: each reads its inputs once, writes its outputs once.
+FREE = ("empty", "_unsafe_view")  # operators whose names hold these move nothing
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")  # these do not read what they write
+LOOKS_UP = ("index", "index_select", "gather", "embedding")  # these read no more of their first input than they answer
+SETS_ROWS = ("index_copy_", "index_put_", "_index_put_impl_", "scatter_")  # these write no more than they are given
+ROWS = ("source", "values", "src")  # what the arguments with the given rows are called
 
-    Views and allocations cost nothing. It is what unfused operators must at least move; caches save some of it, and
-    what a kernel reads twice comes on top.
+
+class ByteCounter(TorchDispatchMode):
+    """Adds up the bytes that operators move: each reads its inputs once, writes its outputs once.
+
+    Views and allocations cost nothing, rows looked up or set in a large tensor only themselves. It is what unfused
+    operators must at least move; caches save some of it, and what a kernel reads twice comes on top.
     """
 
     def __init__(self) -> None:
@@ -79,12 +86,36 @@ class ByteCounter(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         returns = func._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not is_view and "empty" not in func.__name__:
-            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+        if not is_view and not any(name in func.__name__ for name in FREE):
+            self.bytes += _bytes_moved(func, args, kwargs, result)
         return result
+
+
+def _bytes_moved(func: Callable, args: tuple, kwargs: dict, result: object) -> int:
+    name, arguments, returns = func.__name__.partition(".")[0], func._schema.arguments, func._schema.returns
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    sizes = {key: _nbytes(value) for key, value in given.items()}
+    if name in SETS_ROWS:
+        rows = sum(sizes.get(key, 0) for key in ROWS)
+        return sum(sizes.values()) - sizes["self"] + (2 * rows if given.get("accumulate") else rows)
+    if name in LOOKS_UP:
+        sizes[arguments[0].name] = _nbytes(result)
+    changed = [argument for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    written = sum(
+        sizes.get(argument.name, 0) for argument in changed if argument.name != "grads"
+    )  # of fused optimizers
+    unread = {argument.name for argument in changed if argument.is_out or name in OVERWRITES}
+    made = zip(returns, [result] if len(returns) == 1 else result or (), strict=True)
+    new = sum(_nbytes(value) for returned, value in made if returned.alias_info is None)
+    return sum(size for key, size in sizes.items() if key not in unread) + written + new
+
+
+def _nbytes(values: object) -> int:
+    return sum(x.nbytes for x in tree_leaves(values) if isinstance(x, torch.Tensor))
 
 
 def count_bytes(run: Run) -> int:

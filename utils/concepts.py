@@ -9,12 +9,13 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from utils.errors import UserError
 from utils.figures import save_figure
-from utils.results import FIGURES, mean_and_deviation
+from utils.results import FIGURES, mean_and_deviation, result_files, run_folder_of, tell_apart
 
 log = logging.getLogger("avssrl")
 
@@ -44,24 +45,20 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
     Raises:
         UserError: no such folder, or no result with unseen and seen classes below them.
     """
-    found: dict[tuple, dict[tuple, list[Mapping]]] = {}
-    sizes: dict[tuple, tuple[int, int]] = {}
-    for file in _result_files(folders):
+    read = []
+    for file in result_files(folders):
         try:
-            results = json.loads(file.read_text())
-            if not set(PARTS) <= set(results["results"]):
-                continue
-            few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
-            seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
-            for part in PARTS:
-                by_feature = results["results"][part]
-                for feature, figures in by_feature.items():
-                    method = method_name(results) + (f", {feature}" if len(by_feature) > 1 else "")
-                    key = results["dataset"], results["benchmark"], method, part, few_shot["ratio"]
-                    found.setdefault(key, {}).setdefault(seed, []).append(figures)
-                    sizes[key] = len(results["recipe"]["parts"][part]), figures["videos"]
+            read += _leaves_of(json.loads(file.read_text()), run_folder_of(file))
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s: no result of this project; left out", file)
+    names = tell_apart(leaf.method for leaf in read)
+    found: dict[tuple, dict[tuple, list[Mapping]]] = {}
+    sizes: dict[tuple, tuple[int, int]] = {}
+    for leaf in read:
+        dataset, benchmark, feature, part, ratio = leaf.of
+        key = dataset, benchmark, names[leaf.method] + feature, part, ratio
+        found.setdefault(key, {}).setdefault(leaf.seed, []).append(leaf.figures)
+        sizes[key] = leaf.classes, leaf.figures["videos"]
     if not found:
         raise UserError(
             f"{', '.join(map(str, folders))}: no result with unseen and seen classes; run "
@@ -78,21 +75,40 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
     return rows
 
 
-def _result_files(folders: Iterable[str | Path]) -> list[Path]:
-    files = set()
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give the one that holds the runs, such as checkpoints/")
-        files.update(folder.rglob("results.json"))
-    return sorted(files)
+class _Leaf(NamedTuple):
+    """The figures of one feature on one part of one evaluation. `method` is its name and its run's folder."""
+
+    of: tuple[str, str, str, str, float]
+    method: tuple[str, str]
+    seed: tuple
+    classes: int
+    figures: Mapping
+
+
+def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
+    if not set(PARTS) <= set(results["results"]):
+        return []
+    few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
+    seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
+    name = method_name(results)
+    method = name, "" if name == RANDOM else folder
+    leaves = []
+    for part in PARTS:
+        by_feature = results["results"][part]
+        for feature, figures in by_feature.items():
+            shown = f", {feature}" if len(by_feature) > 1 else ""
+            of = results["dataset"], results["benchmark"], shown, part, few_shot["ratio"]
+            leaves.append(_Leaf(of, method, seed, len(results["recipe"]["parts"][part]), figures))
+    return leaves
 
 
 def method_name(results: Mapping) -> str:
-    """What a line of the plot is called: the model, with the checkpoint where it is not the model's own."""
+    """What a line of the plot is called: the model, the checkpoint where it is not its own, and BN in training mode."""
     if results["encoder"]["weights"] == RANDOM:
         return RANDOM
     other = [part for part in results["variant"].split("_") if part.startswith("checkpoint-")]
-    return " ".join([results["model"], *other])
+    training_bn = ["encoder_bn: train"] if results["encoder"].get("bn") == "train" else []
+    return " ".join([results["model"], *other, *training_bn])
 
 
 def write_csv(rows: Sequence[Mapping], file: str | Path) -> None:
@@ -108,13 +124,15 @@ def concepts_table(rows: Sequence[Mapping]) -> str:
     """Mean and deviation of Video@1 and Video@5, for the console: a line a method and part, a column a ratio."""
     ratios = sorted({row["ratio"] for row in rows})
     cells = {tuple(row[key] for key in KEY): row for row in rows}
+    data = tell_apart((row["dataset"], row["benchmark"]) for row in rows)
     lines = []
     for figure, title in SHOWN.items():
         lines.append([f"{title} ({figure})", *(f"{100 * ratio:g}%" for ratio in ratios)])
         for line in sorted({tuple(row[key] for key in KEY[:-1]) for row in rows}):
             found = [cells.get((*line, ratio)) for ratio in ratios]
-            dataset, _, method, part = line
-            lines.append([f"{dataset}, {method}, {part}", *(_cell(row, figure) if row else "" for row in found)])
+            dataset, benchmark, method, part = line
+            shown = [_cell(row, figure) if row else "" for row in found]
+            lines.append([f"{data[dataset, benchmark]}, {method}, {part}", *shown])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -134,6 +152,7 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     from matplotlib.figure import Figure
 
     benchmarks = sorted({(row["dataset"], row["benchmark"]) for row in rows})
+    names = tell_apart(benchmarks)
     methods = sorted({row["method"] for row in rows} - {RANDOM})
     colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
     figure = Figure(figsize=(10.8, 4.1 * len(benchmarks)), layout="constrained")
@@ -143,7 +162,7 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
         own = [row for row in rows if (row["dataset"], row["benchmark"]) == benchmark]
         for axis, (figure_name, title) in zip(line, SHOWN.items(), strict=True):
             _draw_lines(axis, own, figure_name, colours)
-            axis.set(title=f"{benchmark[0]}, {title}", ylabel=f"{figure_name}, percent")
+            axis.set(title=f"{names[benchmark]}, {title}", ylabel=f"{figure_name}, percent")
         line[0].legend(fontsize=8, handlelength=3.5)
     if file is not None:
         save_figure(figure, file)

@@ -25,10 +25,10 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from datasets import build_held_out, build_videos
+from datasets import MONITOR_VIDEOS, build_held_out, build_videos
 from datasets.preprocessing import BatchPrep
 from datasets.statistics import audio_statistics, read_statistics
-from datasets.video_dataset import ClipRecipe, EvenClips, collate_readable, make_loader
+from datasets.video_dataset import ClipRecipe, EvenClips, VideoList, collate_readable, make_loader
 from models import build_model
 from utils import checkpoint
 from utils.cli import run_script
@@ -39,7 +39,7 @@ from utils.figures import output_file, save_figure
 from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
-from utils.results import collect, summary
+from utils.results import collect, summary, tell_apart
 from utils.retrieval import NEIGHBOURS, cross_modal_retrieval, draw_answers, draw_map, embed, held_out_figures
 
 COLUMNS = ("v2a_R@1", "v2a_R@5", "v2a_R@10", "a2v_R@1", "a2v_R@5", "a2v_R@10", f"kNN@{NEIGHBOURS}")
@@ -68,7 +68,7 @@ def main() -> None:
     cross.add_argument("--png", help="a picture of videos and the sounds found for them")
     cross.add_argument("--map", help="a picture of the embeddings by PCA and t-SNE")
     arguments = sys.argv[1:]
-    if arguments and arguments[0] not in commands.choices and not arguments[0].startswith("-"):
+    if arguments and arguments[0] not in (*commands.choices, "-h", "--help"):
         arguments.insert(0, "results")
     args = parser.parse_args(arguments)
     if args.command == "demo":
@@ -117,6 +117,8 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     held_out = build_held_out(cfg, device, most=None)
     embeddings = embed(model, held_out, BatchPrep(cfg["dataset"], stats, device))
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
+    if args.map is not None and len(embeddings["index"]) < 3:
+        raise UserError(f"--map: {len(embeddings['index'])} videos could be read, and a map is of at least 3")
     if args.png is not None:
         figure = plt.figure(figsize=(12, 6.5), layout="constrained")
         draw_retrieval(figure, cfg, embeddings)
@@ -128,24 +130,28 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
 def report_demo(cfgs: list[dict], out: Path) -> None:
     """Measure the runs, print the table, draw the picture."""
     device = default_device()
-    held_out = build_held_out(cfgs[0], device, most=None)
-    labels = held_out.dataset.videos.labels
-    count = len(labels)
-    rows = {"chance": chance(count, labels)}
-    runs = {}
     for cfg in cfgs:
+        if cfg["model"]["arch"] == "vicreg_v_wrapper":
+            raise UserError(f"{run_folder(cfg)}: trains on video alone; this table is about video and sound")
+    labels = shared_held_out(cfgs).labels
+    rows, runs = {"chance": chance(len(labels), labels)}, {}
+    for cfg, name in zip(cfgs, run_names(cfgs), strict=True):
         state, path = checkpoint.load_latest(run_folder(cfg)) or (None, None)
         if state is None:
             raise UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first")
         prepare = BatchPrep(cfg["dataset"], state["audio_stats"], device)
         torch.manual_seed(cfg["seed"])
         model = build_model(cfg["model"]).to(device)
-        name = cfg["model"]["name"]
         rows[f"{name} untrained"], _ = measure(model, cfg, prepare, device)
         checkpoint.load_weights(model, state["model"], str(path))
         rows[name], runs[name] = measure(model, cfg, prepare, device)
-    print_table(rows, count)
-    draw(cfgs, rows, runs, out)
+    print_table(rows, labels)
+    figure = plt.figure(figsize=(12, 10), layout="constrained")
+    curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    draw_curves(curves, cfgs, rows["chance"]["v2a_R@10"])
+    draw_retrieval(pairs, cfgs[0], next(iter(runs.values())))
+    save_figure(figure, out)
+    plt.close(figure)
     print(f"picture: {out}")
 
 
@@ -154,12 +160,41 @@ def report_curves(cfgs: list[dict], out: Path) -> None:
     for cfg in cfgs:
         if not any(row["epoch"] for row in read_metrics(run_folder(cfg), "retrieval")):
             raise UserError(f"{run_folder(cfg)}: no held-out retrieval yet; pre-train with monitor_every above 0")
-    videos = len(build_held_out(cfgs[0], torch.device("cpu")).dataset)
+    videos = min(len(shared_held_out(cfgs)), MONITOR_VIDEOS)
     figure = plt.figure(figsize=(4 * len(cfgs) + 4, 3.8), layout="constrained")
     draw_curves(figure, cfgs, 100 * min(1.0, 10 / videos))
     save_figure(figure, out)
     plt.close(figure)
     print(f"picture: {out}")
+
+
+def shared_held_out(cfgs: list[dict]) -> VideoList:
+    """The held-out videos of runs that are to be compared.
+
+    Raises:
+        UserError: they are not the same for all.
+    """
+    first, *others = (build_videos(cfg["dataset"], cfg["dataset"]["test"]["split"]) for cfg in cfgs)
+    for cfg, videos in zip(cfgs[1:], others, strict=True):
+        if videos.fingerprint != first.fingerprint:
+            raise UserError(
+                f"{run_folder(cfg)}: its held-out videos, {videos}, are not those of {run_folder(cfgs[0])}, {first}; "
+                "runs on other data go into a report of their own"
+            )
+    return first
+
+
+def run_names(cfgs: list[dict]) -> list[str]:
+    """What to call runs: their `model.name`, and where several have it, their folder too.
+
+    Raises:
+        UserError: two are the same run.
+    """
+    runs = [(cfg["model"]["name"], str(run_folder(cfg))) for cfg in cfgs]
+    if len(set(runs)) < len(runs):
+        raise UserError(f"{next(run for run in runs if runs.count(run) > 1)[1]}: given twice")
+    names = tell_apart(runs)
+    return [names[run] for run in runs]
 
 
 def run_folder(cfg: dict) -> Path:
@@ -182,16 +217,24 @@ def measure(
         collate_fn=collate_readable,
     )
     train = embed(model, loader, prepare)
+    known, known_test = train["label"] >= 0, test["label"] >= 0
+    if known.sum() < NEIGHBOURS or not known_test.any():
+        return cross_modal_retrieval(test), test
     neighbours = nearest_neighbour_accuracy(
-        train["features"].mean(1), train["label"], test["features"].mean(1), test["label"], (NEIGHBOURS,)
+        train["features"].mean(1)[known],
+        train["label"][known],
+        test["features"].mean(1)[known_test],
+        test["label"][known_test],
+        (NEIGHBOURS,),
     )
     return cross_modal_retrieval(test) | neighbours, test
 
 
 def chance(count: int, labels: torch.Tensor) -> dict[str, float]:
-    """What guessing gives, in percent."""
+    """What guessing gives, in percent. Videos without a label have -1."""
     figures = {name: 100 * min(1.0, int(name.rpartition("@")[2]) / count) for name in COLUMNS[:-1]}
-    return figures | {COLUMNS[-1]: 100 * labels.bincount().max().item() / count}
+    known = labels[labels >= 0]
+    return figures | ({COLUMNS[-1]: 100 * known.bincount().max().item() / len(known)} if len(known) else {})
 
 
 def standard_error(percent: float, count: int) -> float:
@@ -200,47 +243,45 @@ def standard_error(percent: float, count: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
-def print_table(rows: dict[str, dict[str, float]], count: int) -> None:
-    """A row a network, a column a figure."""
+def print_table(rows: dict[str, dict[str, float]], labels: torch.Tensor) -> None:
+    """A row a network, a column a figure; `-` where there are no labels for it. `labels` are the held-out videos'."""
     width = max(map(len, rows))
-    print(f"\n{count} held-out videos; percent; +- is the standard error of R@10 and kNN")
+    print(f"\n{len(labels)} held-out videos; percent; +- is the standard error of R@10 and kNN")
     print(f"{'':{width}}  " + "  ".join(f"{name:>12}" for name in COLUMNS))
     for row, figures in rows.items():
         cells = []
         for name in COLUMNS:
-            error = "" if row == "chance" or name.endswith(("@1", "R@5")) else standard_error(figures[name], count)
-            cells.append(f"{figures[name]:.1f}" + (f" +-{error:.1f}" if error != "" else ""))
+            cells.append(f"{figures[name]:.1f}" if name in figures else "-")
+            if name in figures and row != "chance" and not name.endswith(("@1", "R@5")):
+                trials = len(labels) if name.partition("_")[2] else int((labels >= 0).sum())
+                cells[-1] += f" +-{standard_error(figures[name], trials):.1f}"
         print(f"{row:{width}}  " + "  ".join(f"{cell:>12}" for cell in cells))
     print()
-
-
-def draw(cfgs: list[dict], rows: dict, runs: dict, out: Path) -> None:
-    """Loss and retrieval over the epochs, and queries of the first run with the sounds it finds for them."""
-    figure = plt.figure(figsize=(12, 10), layout="constrained")
-    curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
-    draw_curves(curves, cfgs, rows["chance"]["v2a_R@10"])
-    draw_retrieval(pairs, cfgs[0], runs[cfgs[0]["model"]["name"]])
-    save_figure(figure, out)
-    plt.close(figure)
 
 
 def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
     """Each run's loss and, together, the runs' R@10 in percent over the epochs; `chance` is that of R@10."""
     *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1)
-    for cfg, loss_axis in zip(cfgs, loss_axes, strict=True):
-        name, folder = cfg["model"]["name"], run_folder(cfg)
-        train, held_out = read_metrics(folder, "train"), read_metrics(folder, "retrieval")
-        steps_per_epoch = held_out[-1]["step"] / held_out[-1]["epoch"]
-        loss_axis.plot([r["step"] / steps_per_epoch for r in train], [r["loss"] for r in train])
+    for cfg, name, loss_axis in zip(cfgs, run_names(cfgs), loss_axes, strict=True):
+        train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
+        epoch_steps = steps_of_an_epoch(train)
+        loss_axis.plot([r["step"] / epoch_steps for r in train], [r["loss"] for r in train])
         loss_axis.set(xlabel="epoch", ylabel="loss", title=f"Training loss, {name}")
         for direction, style in (("v2a", "-"), ("a2v", "--")):
-            epochs, recall = zip(*((r["epoch"], r[f"{direction}_R@10"]) for r in held_out), strict=True)
+            epochs, recall = ([row[key] for row in held_out] for key in ("epoch", f"{direction}_R@10"))
             recall_axis.plot(epochs, recall, style, marker="o", label=f"{name}, {direction}")
     recall_axis.axhline(chance, color="gray", linestyle=":", label="chance")
     recall_axis.set(xlabel="epoch", ylabel="R@10, percent", ylim=(0, None), title="Held-out cross-modal retrieval")
     recall_axis.legend(fontsize=8)
     for axis in (*loss_axes, recall_axis):
         axis.grid(alpha=0.3)
+
+
+def steps_of_an_epoch(train: list[dict]) -> float:
+    """By the training lines of a run's metrics, of which each epoch's last is after its last step."""
+    last = {row["epoch"]: row["step"] for row in train}
+    whole = {epoch: step for epoch, step in last.items() if epoch + 1 in last} or last
+    return max((step / (epoch + 1) for epoch, step in whole.items()), default=1.0)
 
 
 def draw_retrieval(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,8 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,21 +249,25 @@ def _leaves(results: Mapping) -> Iterator[tuple[str, str, float, Mapping]]:
 # ------------------------------------------------------------------------------------------- all results of a folder
 
 
+COLLECTED = ("kind", "dataset", "benchmark", "model", "folder", "arch", "variant", "encoder_bn", "part", "feature")
+
+
 def collect(folder: str | Path) -> list[dict]:
     """All `results.json` below a folder as rows of one table; of several folds the mean and deviation of each figure.
+
+    Folds are of one evaluation if they lie in one run's folder, the `folder` of a row: two runs may have the same name
+    in different places.
 
     Raises:
         UserError: there is no such folder, or no result in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the one that holds the runs, such as checkpoints/")
-    files = sorted(folder.rglob("results.json"))
     groups: dict[tuple, list[Mapping]] = {}
-    for file in files:
+    for file in result_files([folder]):
         try:
             results = json.loads(file.read_text())
-            key = tuple(results[name] for name in ("kind", "dataset", "benchmark", "model", "arch", "variant"))
+            kind, dataset, benchmark, model, arch, variant = (results[name] for name in _PLAIN_FACTS)
+            encoder_bn = results.get("encoder", {}).get("bn", "")
+            key = kind, dataset, benchmark, model, run_folder_of(file), arch, variant, encoder_bn
             leaves = list(_leaves(results))
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s: no result of this project; left out", file)
@@ -272,12 +277,41 @@ def collect(folder: str | Path) -> list[dict]:
                 groups.setdefault((*key, part, feature), []).append(figures)
     if not groups:
         raise UserError(f"{folder}: no results.json below it; run an evaluation first")
-    names = ("kind", "dataset", "benchmark", "model", "arch", "variant", "part", "feature")
     rows = []
     for key, found in sorted(groups.items()):
-        row = dict(zip(names, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
+        row = dict(zip(COLLECTED, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
         rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in FIGURES})
     return rows
+
+
+_PLAIN_FACTS = ("kind", "dataset", "benchmark", "model", "arch", "variant")
+
+
+def result_files(folders: Iterable[str | Path]) -> list[Path]:
+    """Every `results.json` below some folders.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    files = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give the one that holds the runs, such as checkpoints/")
+        files.update(folder.rglob("results.json"))
+    return sorted(files)
+
+
+def run_folder_of(file: Path) -> str:
+    """The folder of the pre-training that a `results.json` measured."""
+    evaluation = next((path for path in file.parents if path.name.startswith("eval-")), None)
+    return (file.parent if evaluation is None else evaluation.parent).as_posix()
+
+
+def tell_apart(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What to call each pair of a name and a detail: the name, and where several pairs have that, the detail too."""
+    pairs = set(pairs)
+    times = Counter(name for name, _ in pairs)
+    return {(name, detail): name if times[name] == 1 else f"{name} ({detail})" for name, detail in pairs}
 
 
 def thesis_figures(row: Mapping) -> tuple[float, float] | None:
@@ -290,16 +324,19 @@ def thesis_figures(row: Mapping) -> tuple[float, float] | None:
 
 def summary(rows: Sequence[Mapping], form: str) -> str:
     """The table of `collect` as `text`, `markdown` or `csv`, with the thesis' figures beside those they go with."""
-    heads = ["evaluation", "data", "model", "variant", "part", "feature", "folds", "videos", *FIGURES]
+    heads = ["evaluation", "data", "benchmark", "model", "variant", "part", "feature", "folds", "videos", *FIGURES]
     table = [[*heads, "thesis top-1", "thesis top-5"]]
+    models = tell_apart((row["model"], row["folder"]) for row in rows)
     for row in rows:
         several = row["folds"] > 1
         figures = [f"{row[f]['mean']:.2f}" + (f" +-{row[f]['std']:.2f}" if several else "") for f in FIGURES]
         thesis = [f"{value:.2f}" for value in thesis_figures(row) or ()] or ["", ""]
-        names = [row[name] for name in ("kind", "dataset", "model", "variant", "part", "feature", "folds", "videos")]
-        if row["benchmark"].endswith("-random"):
-            names[3] = " ".join(filter(None, ["random", names[3]]))
-        table.append([*map(str, names), *figures, *thesis])
+        kind, dataset, benchmark, part, feature = (row[n] for n in ("kind", "dataset", "benchmark", "part", "feature"))
+        random = "random" if benchmark.endswith("-random") else ""
+        encoder_bn = "encoder_bn: train" if row["encoder_bn"] == "train" else ""
+        variant = " ".join(filter(None, [random, row["variant"], encoder_bn]))
+        names = [kind, dataset, benchmark, models[row["model"], row["folder"]], variant, part, feature]
+        table.append([*names, str(row["folds"]), str(row["videos"]), *figures, *thesis])
     if form == "csv":
         return "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\n" for line in table)
     if form == "markdown":

@@ -93,11 +93,33 @@ def test_counts():
     assert count_flops(lambda: a @ b.T) == 2 * 3 * 3 * 4
     assert count_bytes(lambda: a + b) == 3 * a.nbytes
     assert count_bytes(lambda: a.T.reshape(2, 6)) >= 2 * a.nbytes and count_bytes(lambda: a.T[1:]) == 0
+    assert count_bytes(lambda: a.add_(b)) == count_bytes(lambda: torch.add(a, b, out=b)) == 3 * a.nbytes
+    assert count_bytes(lambda: a.copy_(b)) == 2 * a.nbytes and count_bytes(lambda: a.zero_()) == a.nbytes
     order = []
     timings = time_in_turns([lambda: order.append(0), lambda: order.append(1)], steps=3, rounds=2, device=CPU)
     assert order == [0, 1] + [0, 0, 0, 0, 1, 1, 1, 1] * 2
     assert [len(timing.rounds) for timing in timings] == [2, 2] and min(timings[0].rounds) > 0
     assert matrix_ceiling(CPU, torch.float32, seconds=0) > 0
+
+
+def test_bytes_of_rows_are_not_those_of_the_table():
+    table, rows = torch.zeros(10_000, 8), torch.ones(4, 8)
+    index = torch.arange(4)
+    for look_up in (lambda: table[index], lambda: table.index_select(0, index)):
+        assert count_bytes(look_up) == 2 * rows.nbytes + index.nbytes
+    assert count_bytes(lambda: table.index_copy_(0, index, rows)) == 2 * rows.nbytes + index.nbytes
+    assert count_bytes(lambda: table.index_put_((index,), rows)) == 2 * rows.nbytes + index.nbytes
+    assert count_bytes(lambda: table.index_put_((index,), rows, accumulate=True)) == 3 * rows.nbytes + index.nbytes
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bytes_of_an_optimizer_are_its_states(fused):
+    weight = nn.Parameter(torch.ones(100_000))
+    weight.grad = torch.ones(100_000)
+    adam = torch.optim.Adam([weight], fused=fused, foreach=False)
+    adam.step()
+    moved = count_bytes(adam.step) / weight.nbytes
+    assert moved == pytest.approx(7, abs=0.01) if fused else moved > 7  # reads 4, writes 3; unfused, several times
 
 
 def command(monkeypatch, *words):

@@ -17,9 +17,11 @@ from utils.errors import UserError
 from utils.results import FIGURES
 
 
-def write_result(root, model="xid", ratio=None, seed=42, top1=50.0, fold=1, weights="our checkpoint of xid"):
+def write_result(
+    root, model="xid", ratio=None, seed=42, top1=50.0, fold=1, weights="our checkpoint of xid", bn="eval", name="b"
+):
     """A `results.json` as the linear script writes it, with seen concepts 10 points above unseen ones."""
-    folder = root / model / f"eval-b/fold-{fold:02d}/{ratio}-{seed}-{weights == concepts.RANDOM}"
+    folder = root / model / f"eval-{name}/fold-{fold:02d}/{ratio}-{seed}-{weights == concepts.RANDOM}"
     folder.mkdir(parents=True)
     parts = {
         part: {"pool": dict.fromkeys(FIGURES, top1 + more) | {"clips": 40, "videos": 8}}
@@ -29,10 +31,10 @@ def write_result(root, model="xid", ratio=None, seed=42, top1=50.0, fold=1, weig
         "results": parts,
         "kind": "linear",
         "dataset": "ucf101",
-        "benchmark": "b",
+        "benchmark": name,
         "model": model,
         "variant": "rest-classes",
-        "encoder": {"weights": weights},
+        "encoder": {"weights": weights, "bn": bn},
         "few_shot": ratio and {"ratio": ratio, "seed": seed, "videos": []},
         "recipe": {"seed": 0, "parts": {"unseen": ["a", "b"], "seen": ["c", "d", "e"]}},
     }
@@ -72,6 +74,26 @@ def test_random_weights_are_a_method_of_their_own(tmp_path):
     write_result(tmp_path, weights=concepts.RANDOM, top1=20.0)
     rows = concepts.collect_concepts([tmp_path])
     assert {row["method"] for row in rows} == {"xid", concepts.RANDOM}
+
+
+def test_runs_of_one_name_are_methods_of_their_own(tmp_path):
+    for place, top1 in (("a", 40.0), ("b", 60.0)):
+        write_result(tmp_path / place, top1=top1)
+        write_result(tmp_path / place, weights=concepts.RANDOM)
+    rows = concepts.collect_concepts([tmp_path / "a", tmp_path / "b"])
+    found = {row["method"]: row["Video@1 mean"] for row in rows if row["part"] == "unseen"}
+    assert found == {f"xid ({tmp_path}/a/xid)": 40.0, f"xid ({tmp_path}/b/xid)": 60.0, concepts.RANDOM: 50.0}
+
+
+def test_benchmarks_and_modes_of_bn_are_told_apart(tmp_path):
+    write_result(tmp_path)
+    write_result(tmp_path, name="c", bn="train")
+    rows = concepts.collect_concepts([tmp_path])
+    table = concepts.concepts_table(rows)
+    assert "ucf101 (b), xid, unseen" in table and "ucf101 (c), xid encoder_bn: train, unseen" in table
+    assert {axes.get_title() for axes in concepts.draw_concepts(rows).axes} == {
+        f"ucf101 ({name}), {title}" for name in "bc" for title in ("top-1", "top-5")
+    }
 
 
 def test_csv_table_and_picture(tmp_path):

@@ -1,6 +1,7 @@
 """utils.report curves: the pictures of runs from their metrics alone."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -39,7 +40,10 @@ def test_curves_of_a_run(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report.plt.Axes, "plot", record)
     monkeypatch.setattr(sys, "argv", ["report", "curves", str(cfg), "--out", str(tmp_path / "curves.png")])
-    train = [{"group": "train", "step": step, "loss": 3.0 / step} for step in (5, 10, 15)]
+    train = [
+        {"group": "train", "step": step, "epoch": epoch, "loss": 3.0 / step}
+        for step, epoch in ((5, 0), (10, 0), (15, 1))
+    ]
     write(retrieval(0), *train, retrieval(2))
     report.main()
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" and "picture: " in capsys.readouterr().out
@@ -61,3 +65,82 @@ def test_a_run_without_sound_has_no_retrieval(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", "retrieval", str(tiny.REPO / "configs/VGGSound-VICReg-Video.yaml")])
     with pytest.raises(UserError, match="trains on video alone"):
         report.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_video):
+    """A run without monitoring on six videos, four to train on, in two copies of one name."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "videos").mkdir()
+    for i in range(6):
+        make_video(folder / "videos" / f"{i}.mp4", seconds=0.6, size=(32, 32))
+    (folder / "videos/labels.csv").write_text("name,label\n0.mp4,a\n1.mp4,a\n2.mp4,b\n")  # 0 and 5 are held out
+    changes = {"optimizer__num_epochs": 1, "dataset__train__clips_per_video": 1}
+    cfg = tiny.write_config(folder, folder / "videos", **changes)
+    tiny.run(cfg)
+    other = tiny.write_config(folder, folder / "videos", "other", model__model_dir=str(folder / "more"), **changes)
+    other.write_text(other.read_text().replace("name: other", "name: tiny"))
+    shutil.copytree(folder / "runs/tiny", folder / "more/tiny")
+    return folder, cfg, other
+
+
+def show(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
+    report.main()
+
+
+def test_demo_without_labels_and_without_monitoring(trained, monkeypatch, capsys, tmp_path):
+    folder, cfg, other = trained
+    show(monkeypatch, "demo", cfg, other, "--out", tmp_path / "demo.png")
+    lines = capsys.readouterr().out.splitlines()
+    names = [f"tiny ({folder}/{place}/tiny)" for place in ("runs", "more")]
+    assert "2 held-out videos" in "".join(lines)
+    for name in ("chance", *names):
+        (line,) = (line for line in lines if line.startswith(name + "  "))
+        assert line.endswith(" -")  # kNN: no labels
+    assert (tmp_path / "demo.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("only_some", [True, False])
+def test_demo_with_few_labels(trained, monkeypatch, capsys, tmp_path, only_some):
+    folder, cfg, _ = trained
+    labels = folder / "videos/all.csv"
+    labels.write_text("name,label\n" + "".join(f"{i}.mp4,{'ab'[i % 2]}\n" for i in range(0, 6, 1 + only_some)))
+    text = cfg.read_text().replace("name: folder", "name: folder\n  labels: all.csv\n  label_column: label")
+    some = tmp_path / "some.yaml"
+    some.write_text(text)
+    show(monkeypatch, "demo", some, "--out", tmp_path / "demo.png")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny  "))
+    assert line.endswith(" -")  # four training videos at most: fewer than five neighbours
+
+
+def test_what_cannot_be_compared(trained, monkeypatch, tmp_path):
+    _, cfg, other = trained
+    with pytest.raises(UserError, match="given twice"):
+        show(monkeypatch, "demo", cfg, cfg)
+    text = cfg.read_text()
+    thirds = tmp_path / "thirds.yaml"
+    thirds.write_text(text.replace("holdout_every: 5", "holdout_every: 3").replace("name: tiny", "name: thirds"))
+    with pytest.raises(UserError, match="its held-out videos, .* are not those of"):
+        show(monkeypatch, "demo", cfg, thirds)
+    with pytest.raises(UserError, match="trains on video alone"):
+        show(monkeypatch, "demo", tiny.REPO / "configs/VGGSound-VICReg-Video.yaml")
+
+
+def test_a_map_of_too_few_videos(trained, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--map: 2 videos could be read"):
+        show(monkeypatch, "retrieval", trained[1], "--map", tmp_path / "map.png")
+
+
+def test_retrieval_with_other_mel_bins(trained, monkeypatch, tmp_path):
+    cfg = tmp_path / "bins.yaml"
+    cfg.write_text(trained[1].read_text().replace("n_mels: 32", "n_mels: 40"))
+    with pytest.raises(UserError, match="n_mels: 40, but the audio statistics are of 32"):
+        show(monkeypatch, "retrieval", cfg)
+
+
+def test_steps_of_an_epoch_that_still_goes_on():
+    lines = [{"epoch": 0, "step": 4}, {"epoch": 0, "step": 10}, {"epoch": 1, "step": 14}]
+    assert report.steps_of_an_epoch(lines) == 10
+    assert report.steps_of_an_epoch(lines[:2]) == 10
+    assert report.steps_of_an_epoch([]) == 1

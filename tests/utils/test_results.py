@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
-from utils import evaluation, results
+from utils import evaluation, report, results
 from utils.errors import UserError
 
 
@@ -105,6 +105,37 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
         results.collect(_empty(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         results.collect(tmp_path / "absent")
+
+
+def test_runs_of_one_name_are_not_folds_of_each_other(tmp_path):
+    for place, seed in (("a", 1), ("b", 2)):
+        folder = tmp_path / place / "VGGSound-N1024/eval-x/fold-01"
+        folder.mkdir(parents=True)
+        results.finish_evaluation(folder, facts(1), {"all": outcome(seed=seed)})
+    rows = results.collect(tmp_path)
+    assert [row["folds"] for row in rows] == [1, 1]
+    table = list(csv.DictReader(io.StringIO(results.summary(rows, "csv"))))
+    assert [row["model"] for row in table] == [
+        f"VGGSound-N1024 ({tmp_path}/{place}/VGGSound-N1024)" for place in ("a", "b")
+    ]
+    assert {row["benchmark"] for row in table} == {"ucf101-linear-8at16"}
+
+
+def test_the_table_tells_what_bn_did(tmp_path):
+    for fold, mode in ((1, "eval"), (2, "train")):
+        folder = tmp_path / f"VGGSound-N1024/eval-x/fold-{fold:02d}"
+        folder.mkdir(parents=True)
+        results.finish_evaluation(folder, facts(fold, encoder={"bn": mode}), {"all": outcome()})
+    table = list(csv.DictReader(io.StringIO(results.summary(results.collect(tmp_path), "csv"))))
+    assert [(row["variant"], row["folds"]) for row in table] == [("", "1"), ("encoder_bn: train", "1")]
+
+
+@pytest.mark.parametrize("options", [("--form", "csv", "{}"), ("{}", "--form=csv"), ("results", "{}", "--form", "csv")])
+def test_options_may_come_before_the_folder(tmp_path, options, monkeypatch, capsys):
+    results.finish_evaluation(tmp_path, facts(1), {"all": outcome()})
+    monkeypatch.setattr(sys, "argv", ["report", *(option.format(tmp_path) for option in options)])
+    report.main()
+    assert capsys.readouterr().out.startswith("evaluation,data,benchmark,model")
 
 
 def _empty(folder):
