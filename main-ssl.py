@@ -41,6 +41,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
+from utils.sync_bn import check_shares
 
 
 def main() -> None:
@@ -79,6 +80,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     num_epochs, accumulate, loss_args = cfg["optimizer"]["num_epochs"], cfg["accumulate"], cfg["loss"]["args"]
     torch.manual_seed(cfg["seed"])
     model = build_model(cfg["model"]).to(device)
+    check_shares(model, batches)
     log.info("%s", parameter_summary(model))
     rows = bank_rows(cfg, len(videos))
     criterion = build_criterion(cfg["loss"], rows, model.out_dim, device, num_epochs, cfg["seed"])
@@ -157,6 +159,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 precision.step(optimizer)
             else:
                 precision.leave_out_step()
+                averages.take_back(accumulate)
             optimizer.zero_grad(set_to_none=True)
             losses, indices = [], []
 

@@ -41,7 +41,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
-from utils.sync_bn import synchronise_bn
+from utils.sync_bn import check_shares, synchronise_bn
 
 
 def main() -> None:
@@ -93,6 +93,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
     torch.manual_seed(cfg["seed"])
     model = synchronise_bn(build_model(cfg["model"]).to(device), device, cfg["compile"])
+    check_shares(model, batches)
     log.info("%s", parameter_summary(model))
     criterion = build_criterion(cfg["loss"], device=device)
     log.info("%s", criterion)
@@ -169,6 +170,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 precision.step(optimizer)
             else:
                 precision.leave_out_step()
+                averages.take_back(accumulate)
             optimizer.zero_grad(set_to_none=True)
             losses, indices = [], []
 

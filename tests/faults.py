@@ -1,17 +1,17 @@
 """Break a run in every way that shared clusters know, and see what becomes of it.
 
-    python3 -m tests.faults
+    python3 -m tests.faults [WORD ...]
 
 Prints a Markdown table: the fault, what happened, and the seconds from the fault to the end of the run. Each run is
 then started again; "nothing lost" means that it ended with the very weights, optimizer and memory bank, bit for bit, of
 a run that nothing happened to.
 """
 
+import argparse
 import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -212,7 +212,14 @@ FAULTS = {
 
 
 def main() -> None:
-    chosen = [name for name in FAULTS if not sys.argv[1:] or any(word in name for word in sys.argv[1:])]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "words", metavar="WORD", nargs="*", help="only faults whose name has one of these; default: all"
+    )
+    words = parser.parse_args().words
+    chosen = [name for name in FAULTS if not words or any(word in name for word in words)]
+    if not chosen:
+        parser.error(f"no fault has {' or '.join(words)} in its name; there are: {'; '.join(FAULTS)}")
     print("| fault | what happened | seconds | after the same command again |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(REPO)

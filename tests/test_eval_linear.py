@@ -144,7 +144,10 @@ def test_resume_and_test_only(cfgs, tmp_path):
     assert "no stored classifier" in fail(*base, "--test-only")
     whole = evaluate(tmp_path, *base)
     assert evaluate(tmp_path, *base, "--test-only")["results"] == whole["results"]
+    written = next(tmp_path.glob("runs/**/config.yaml"))
+    accepted = written.read_text()
     assert "optimizer.lr.base_lr 0.01, now 0.5" in fail(*base, "--resume", "--set", "optimizer.lr.base_lr=0.5")
+    assert written.read_text() == accepted
     assert "was trained with encoder" in fail(
         *base, "--resume", "--set-model", "model.args.video_backbone_args.depth=18"
     )
@@ -155,11 +158,12 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):
     cfg, model = cfgs(model__args__use_dropout=True)
     evaluate(tmp_path, cfg, model, "--random-weights")
     file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
-    whole = checkpoint.load(file)
-    shutil.move(file.with_name(checkpoint.PREVIOUS), file)  # as it was after the first epoch
-    assert checkpoint.load(file)["parts"]["all"]["epoch"] == 1
+    whole, before = checkpoint.load(file), file.with_name(checkpoint.PREVIOUS)
+    file.write_bytes(file.read_bytes()[:2000])
+    assert checkpoint.load(before)["parts"]["all"]["epoch"] == 1
     evaluate(tmp_path, cfg, model, "--random-weights", "--resume")
     assert tiny.differences(checkpoint.load(file), whole, ("parts",)) == []
+    assert checkpoint.load(before)["parts"]["all"]["epoch"] == 1  # the damaged one did not take its place
 
 
 def test_foreign_checkpoints(cfgs, tmp_path):

@@ -127,6 +127,12 @@ def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
         ({"loss__args__num_instances": 3}, (), "fewer than the 8 training videos"),
         ({"loss__name": "VICLoss", "loss__args": {}}, (), "main-vicreg.py"),
         ({"precision": "fp16"}, (), "precision: fp16 needs a GPU"),
+        ({"model__args__proj_norm": "bn", "accumulate": 4}, (), "of one clip, and video_proj.projection.5 is a BN"),
+        (
+            {"model__args__proj_norm": "bn", "dataset__batch_size": 5, "dataset__train__drop_last": False},
+            (),
+            "dataset.batch_size: a forward pass would be of one clip",
+        ),
         ({}, ("--gpu", 0), "--gpu 0: 0 GPUs are visible"),
         ({}, ("--world-size", 2, "--rank", 5), "--rank 5: with --world-size 2 expected 0 to 1"),
         ({}, ("--world-size", 2, "--rank", 1), "--dist-url"),

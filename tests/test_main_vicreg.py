@@ -1,6 +1,7 @@
 """main-vicreg.py as a user runs it, with sound and without, stopped by signals, with numbers that are not finite."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -107,3 +108,12 @@ def test_steps_may_be_left_out(tmp_path, videos, script):
     assert all(value.isfinite().all() for value in state["model"].values())  # BN's statistics, too
     assert all(value.isfinite().all() for value in state["train_criterion"].values())
     assert all(entry["exp_avg"].isfinite().all() for entry in state["optimizer"]["state"].values())
+    lines = [json.loads(line) for line in (tmp_path / "runs/nan/metrics.jsonl").read_text().splitlines()]
+    losses = [line.get("loss") for line in lines if line["group"] == "train"]
+    assert losses.count(None) == 1 and all(math.isfinite(loss) for loss in losses if loss is not None)
+
+
+def test_a_batch_of_one_clip_is_refused(tmp_path, videos):
+    file = write_config(tmp_path, videos, "one", SCRIPT, dataset__batch_size=1)
+    error = run(file, script=SCRIPT, status=2).stderr
+    assert "of one clip, and video_exp.expansion.1 is a BN" in error and error.count("\n") == 1

@@ -1,12 +1,13 @@
 """Videos that could not be decoded: counted, named in a file, bounded."""
 
 import csv
+import io
 import logging
-import os
 from pathlib import Path
 
 from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
+from utils.files import write_whole
 
 log = logging.getLogger("avssrl")
 
@@ -53,7 +54,7 @@ class BadVideos:
         self._flush(pending)
         if self._in_epoch > self.most * self.samples:
             raise UserError(
-                f"{self._in_epoch} of the {self.samples} samples of epoch {epoch} could not be decoded, more than "
+                f"{self._in_epoch} of the {self.samples} samples of epoch {epoch + 1} could not be decoded, more than "
                 f"max_bad_fraction: {self.most:g} allows; see {self.file}"
             )
         return self._in_epoch
@@ -75,9 +76,8 @@ class BadVideos:
                 log.warning("bad video, another takes its place: %s: %s", name, reason)
             entry = self._counts.setdefault(name, [reason, 0])
             entry[1] += 1
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(["file", "reason", "count"])
-            rows.writerows([name, *entry] for name, entry in sorted(self._counts.items()))
-        os.replace(temporary, self.file)
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(["file", "reason", "count"])
+        rows.writerows([name, *entry] for name, entry in sorted(self._counts.items()))
+        write_whole(self.file, text.getvalue(), errors="surrogateescape")

@@ -15,7 +15,7 @@ import torch
 from criterions import build_criterion
 from criterions.memory_bank import DTYPES
 from utils.benchmark_tools import machine, table, time_in_turns, wait, write_json
-from utils.errors import UserError
+from utils.cli import at_least
 from utils.figures import save_figure
 from utils.memory import default_device
 
@@ -28,14 +28,14 @@ FREE_SHARE = 0.7  # of the free memory that a bank may take
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bank`."""
-    parser.add_argument("--instances", type=int, nargs="+", default=INSTANCES, metavar="N")
+    parser.add_argument("--instances", type=at_least(2), nargs="+", default=INSTANCES, metavar="N")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="of the rows")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
-    parser.add_argument("--negatives", type=int, default=1024, metavar="K")
-    parser.add_argument("--hard", type=int, default=0, metavar="N_HARD", help="nearest rows sought; 0: none")
-    parser.add_argument("--dim", type=int, default=128, metavar="D")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps in a round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, metavar="N")
+    parser.add_argument("--negatives", type=at_least(1), default=1024, metavar="K")
+    parser.add_argument("--hard", type=at_least(0), default=0, metavar="N_HARD", help="nearest rows sought; 0: none")
+    parser.add_argument("--dim", type=at_least(1), default=128, metavar="D")
+    parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="steps in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds, of which the median counts")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--png", metavar="FILE", help="draw step time and memory")
 
@@ -43,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write the files that were asked for."""
     device = default_device()
-    if min(args.instances) < 2 or max(args.instances) > 10_000_000:
-        raise UserError(f"--instances {args.instances}: expected 2 to 10,000,000 each")
     print(
         f"xID's step without the network, batch {args.batch_size}, {args.negatives} negatives, {args.hard} hard, "
         f"D = {args.dim}, {machine(device)['device']}, torch {torch.__version__}\n"

@@ -13,6 +13,7 @@ from datasets.preprocessing import VideoPrep
 from models.video import R2Plus1d
 from utils.benchmark_forms import Form, in_3d
 from utils.benchmark_step import Row, add_measuring_arguments, allocated, configured, measure_and_report, seconds_of
+from utils.cli import at_least
 from utils.compiling import compiles
 from utils.memory import default_device, keep_freed_memory
 from utils.precision import Precision
@@ -21,7 +22,7 @@ from utils.precision import Precision
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `inference`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of an evaluation or a pre-training")
-    parser.add_argument("--depth", type=int, help="of R(2+1)D; default: the YAML's, 18 where it gives none")
+    parser.add_argument("--depth", type=at_least(1), help="of R(2+1)D; default: the YAML's, 18 where it gives none")
     add_measuring_arguments(parser)
 
 

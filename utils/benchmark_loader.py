@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from datasets import build_videos, sampling
-from datasets.decoding import VideoFile
+from datasets.decoding import DecodeError, VideoFile
 from datasets.preprocessing import crop_and_resize
 from datasets.video_dataset import (
     ClipRecipe,
@@ -37,6 +37,7 @@ from datasets.video_dataset import (
 )
 from utils.benchmark_peers import installed
 from utils.benchmark_tools import table
+from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
 from utils.figures import output_file, save_figure
@@ -50,9 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training: it says what a clip is")
     parser.add_argument("--root", required=True, help="the raw data set")
     parser.add_argument("--prepared", metavar="DIR", help="the same, by python3 -m datasets.prepare")
-    parser.add_argument("--clips", type=int, default=3, metavar="N", help="clips of each video; default: %(default)s")
-    parser.add_argument("--videos", type=int, default=32, metavar="N", help="at most so many; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    parser.add_argument(
+        "--clips", type=at_least(1), default=3, metavar="N", help="clips of each video; default: %(default)s"
+    )
+    parser.add_argument(
+        "--videos", type=at_least(1), default=32, metavar="N", help="at most so many; default: %(default)s"
+    )
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     parser.add_argument("--peers", action="store_true", help="torchcodec and decord too, where they are installed")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=True)
     videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
     roots = {"ours, raw": Path(args.root)} | ({"ours, prepared": Path(args.prepared)} if args.prepared else {})
-    names = [videos.name(i) for i in range(min(args.videos, len(videos)))]
+    names, left_out = with_clips(videos, recipe, args.videos)
     for root in roots.values():
         if absent := [name for name in names if not (root / name).is_file()]:
             raise UserError(f"{root}: {len(absent)} of the {len(names)} videos are not there, such as {absent[0]}")
@@ -89,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         f"{len(names)} videos x {args.clips} clips, {recipe.num_frames} frames of {recipe.crop_size} px, one process\n"
     )
     print(table(("variant", "clips/s of CPU time", "ratio", "least", "most", *STAGES), [cells(row) for row in rows]))
-    print("".join(f"\n{line}" for line in absent))
+    print("".join(f"\n{line}" for line in [*absent, *left_out]))
     print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip\n")
     skippable = {name: unreferenced(Path(args.root) / name) for name in names}
     heads = ("raw video", "skippable", *(row["variant"] for row in rows[1:]))
@@ -124,6 +129,27 @@ class ClipPlace:
         """The crop in a picture of this size: top, left, height, width."""
         top, left, h, w = (round(share * side) for share, side in zip(self.box, (height, width) * 2, strict=True))
         return top, left, min(h, height - top), min(w, width - left)
+
+
+def with_clips(videos: VideoList, recipe: ClipRecipe, most: int) -> tuple[list[str], list[str]]:
+    """The names of the first so many videos that have a picture and a sound to draw clips from, and why not of others.
+
+    Raises:
+        UserError: there is none.
+    """
+    names, left_out = [], []
+    for i in range(len(videos)):
+        try:
+            draw_clip(videos.path(i), recipe, np.random.default_rng(0))
+        except DecodeError as error:
+            left_out.append(f"left out: {error}")
+        else:
+            names.append(videos.name(i))
+        if len(names) == most:
+            break
+    if not names:
+        raise UserError(f"{videos.root}: clips can be drawn from none of its {len(videos)} videos; {left_out[0]}")
+    return names, left_out
 
 
 def draw_clip(path: Path, recipe: ClipRecipe, rng: np.random.Generator) -> ClipPlace:

@@ -13,6 +13,7 @@ import torch
 
 from utils.benchmark_forms import Step, forms_of, synthetic_batch
 from utils.benchmark_tools import CollectiveCounter, machine, table, time_in_turns, write_json
+from utils.cli import at_least
 from utils.config import load_config
 from utils.distributed import is_main, launch, rank, world_size
 from utils.errors import UserError
@@ -23,13 +24,15 @@ ONE_NODE = {"distributed": True, "gpu": None, "world_size": None, "rank": None, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `scaling`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of an xID or VICReg pre-training")
-    parser.add_argument("--procs", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of processes")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="clips a process; default: the YAML's, shared by most"
+        "--procs", type=at_least(1), nargs="+", default=[1, 2, 4], metavar="N", help="numbers of processes"
     )
-    parser.add_argument("--crop", type=int, metavar="N", help="pixels; default: the YAML's")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps in a round")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), metavar="N", help="clips a process; default: the YAML's, shared by most"
+    )
+    parser.add_argument("--crop", type=at_least(1), metavar="N", help="pixels; default: the YAML's")
+    parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="steps in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="rounds, of which the median counts")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
 
@@ -37,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure each number of processes, print the table, write the file that was asked for."""
     cfg = load_config(args.cfg, args.set, "pre-training")
-    if min(args.procs) < 1 or args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--procs {args.procs}, --batch-size {args.batch_size}: expected 1 or more")
     gpus = torch.cuda.device_count()
     if gpus and max(args.procs) > gpus:
         raise UserError(f"--procs {max(args.procs)}: one process a GPU, and {gpus} are visible")

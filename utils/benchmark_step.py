@@ -28,6 +28,7 @@ from utils.benchmark_tools import (
     wait,
     write_json,
 )
+from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
 from utils.memory import default_device
@@ -60,27 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `step` and `inference` share."""
-    parser.add_argument("--batch-size", type=int, metavar="N", help="clips; default: the YAML's")
-    parser.add_argument("--crop", type=int, metavar="N", help="pixels; default: the YAML's")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a variant in a round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, of which the median counts")
-    parser.add_argument("--top-kernels", type=int, default=0, metavar="N", help="the N slowest kernels of the last row")
+    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="clips; default: the YAML's")
+    parser.add_argument("--crop", type=at_least(1), metavar="N", help="pixels; default: the YAML's")
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps of a variant in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument(
+        "--top-kernels", type=at_least(0), default=0, metavar="N", help="the N slowest kernels of the last row"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--png", metavar="FILE", help="draw clips a second")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
 
 
 def configured(args: argparse.Namespace) -> dict:
-    """The configuration with the sizes that the command line gives.
-
-    Raises:
-        UserError: a number is not above 0.
-    """
+    """The configuration with the sizes that the command line gives."""
     cfg = load_config(args.cfg, args.set)
-    for option in ("batch_size", "crop", "steps", "rounds"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
     cfg["dataset"]["batch_size"] = args.batch_size or cfg["dataset"]["batch_size"]
     cfg["dataset"]["crop_size"] = args.crop or cfg["dataset"]["crop_size"]
     return cfg

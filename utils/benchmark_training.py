@@ -18,6 +18,7 @@ import torch
 from datasets import build_training
 from utils.benchmark_forms import Step, forms_of
 from utils.benchmark_tools import Run, machine, table, wait, write_json
+from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
 from utils.figures import save_figure
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `training`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training; num_workers are its own")
     parser.add_argument("--root", help="the data set; default: the YAML's")
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps of each kind; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=at_least(2), default=30, metavar="N", help="steps of each kind; default: %(default)s"
+    )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
     parser.add_argument("--json", metavar="FILE", help="write all figures, the times of each step too")
     parser.add_argument("--png", metavar="FILE", help="draw when the host waits and queues, and the device computes")
@@ -52,8 +55,6 @@ class Times:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write what was asked for."""
-    if args.steps < 2:
-        raise UserError(f"--steps {args.steps}: expected 2 or more")
     device = default_device()
     root = [f"dataset.root={args.root}"] if args.root else []
     cfg = load_config(args.cfg, [*args.set, *root], "pre-training")

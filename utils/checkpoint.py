@@ -62,6 +62,7 @@ class RunCheckpoints:
         self.folder, self.config, self.videos = folder, config, videos
         self.file = folder / LATEST
         self._last_save = time.monotonic()
+        self._latest_damaged = False
 
     def latest(self) -> dict | None:
         """The state to go on from; None for a new run, or one with `resume: false`.
@@ -75,6 +76,7 @@ class RunCheckpoints:
         if found is None:
             return None
         state, path = found
+        self._latest_damaged = path.name == PREVIOUS
         changes = _changes(state.get("config", {}), self.config)
         if changes:
             raise UserError(
@@ -109,7 +111,8 @@ class RunCheckpoints:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"config": self.config, "videos": self.videos, "world_size": world_size()}
-        save(self.folder, state | values, keep_as)
+        save(self.folder, state | values, keep_as, self._latest_damaged)
+        self._latest_damaged = False
         if self.config["keep_last"]:
             self._drop_old()
 
@@ -173,10 +176,11 @@ def _changes(stored: Mapping, now: Mapping) -> list[str]:
     ]
 
 
-def save(folder: str | Path, state: Mapping, keep_as: str | None = None) -> Path:
+def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_damaged: bool = False) -> Path:
     """Write `<folder>/checkpoint.pth.tar`: to a temporary name, flushed to disk, renamed; the one before is kept.
 
-    With `keep_as` the same file also gets that name, for good.
+    With `keep_as` the same file also gets that name, for good. A latest one that is known to be damaged
+    (`latest_damaged`) is overwritten, and does not take the place of the good one before it.
 
     Raises:
         UserError: it could not be written (a full disk, say). The last good checkpoint is untouched.
@@ -189,11 +193,13 @@ def save(folder: str | Path, state: Mapping, keep_as: str | None = None) -> Path
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        if latest.exists():
+        if latest.exists() and not latest_damaged:
             os.replace(latest, folder / PREVIOUS)
         os.replace(temporary, latest)
         if keep_as is not None:
             shutil.copyfile(latest, temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, folder / keep_as)
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch answers a failed write with a RuntimeError

@@ -70,6 +70,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is so many or more."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected {lowest} or more, found {text}")
+        return int(text)
+
+    return number
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, found {text}")

@@ -68,6 +68,10 @@ def _list(items: type, default: Any = REQUIRED) -> Key:
     return Key(list, default, items=items)
 
 
+def _widths() -> Key:
+    return Key(list, items=int, check=lambda v: v and min(v) > 0, allowed="one or more, each above 0")
+
+
 def _numbers(default: list[float], check: Callable[[list[float]], bool], allowed: str) -> Key:
     length = len(default)
     return Key(
@@ -162,13 +166,13 @@ _AUDIO_ARGS = {
 }
 MODEL_ARGS = {
     "av_wrapper": {
-        "proj_dim": _list(int),
+        "proj_dim": _widths(),
         "proj_norm": _one_of("bn", default=None, nullable=True),
         **_VIDEO_ARGS,
         **_AUDIO_ARGS,
     },
-    "vicreg_wrapper": {"exp_dim": _list(int), **_VIDEO_ARGS, **_AUDIO_ARGS},
-    "vicreg_v_wrapper": {"exp_dim": _list(int), **_VIDEO_ARGS},
+    "vicreg_wrapper": {"exp_dim": _widths(), **_VIDEO_ARGS, **_AUDIO_ARGS},
+    "vicreg_v_wrapper": {"exp_dim": _widths(), **_VIDEO_ARGS},
 }
 
 LOSS_ARGS = {
@@ -303,7 +307,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -325,6 +329,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
     cfg = _check_section(raw, table, "", str(path))
     _check_sizes(cfg["dataset"], str(path))
     return cfg
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that a section has twice: the last would win, and nobody would know."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key.value, str) or key.value == "<<":
+                continue
+            if key.value in lines:
+                first, line = lines[key.value], key.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key.value} comes twice, in lines {first} and {line}; keep one")
+            lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def _check_sizes(data: Mapping, file: str) -> None:
@@ -371,7 +391,7 @@ def _apply(raw: dict, override: str) -> None:
     if not equals or not name:
         raise UserError(f"--set {override}: expected KEY=VALUE, such as dataset.batch_size=16")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = name.split(".")

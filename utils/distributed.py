@@ -338,9 +338,18 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     signal.signal(signal.SIGUSR1, default)
     messages = mp.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say ourselves who ended and why
-    context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)
+    asked, context = [], None  # signals that came to this process
+
+    def pass_on(number: int, frame: object = None) -> None:
+        asked.append(signal.Signals(number).name)
+        if context is not None:
+            _pass_on(number, context)
+
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: _pass_on(number, context))
+        signal.signal(number, pass_on)
+    context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)
+    if asked:  # while there was nobody to pass it on to
+        _pass_on(signal.Signals[asked[0]], context)
     try:
         while not context.join(grace_period=GRACE):
             pass
@@ -354,6 +363,8 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
         if not messages.empty():
             kind, message = messages.get()
             raise kind(message) from None
+        if error.signal_name in asked:  # ranks that have come as far as StopSignal do not die of these
+            raise Preempted(f"stopped by {error.signal_name} before the first step; run it again to go on") from None
         how = f"by {error.signal_name}" if error.signal_name else f"with exit status {error.exit_code}"
         own_rank = plan.first_rank + error.error_index
         raise RunFailed(f"rank {own_rank} ended {how}; the other processes of this node were stopped") from None

@@ -218,6 +218,7 @@ class StoredClassifier:
     def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict) -> None:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
         self._parts: dict[str, dict] = {}
+        self._latest_damaged = False
         self.prints = {"encoder": encoder, "data": data, "recipe": recipe}
 
     def load(self) -> dict[str, dict]:
@@ -234,6 +235,7 @@ class StoredClassifier:
                 raise UserError(f"{self.folder / checkpoint.LATEST}: no stored classifier; train without --test-only")
             return {}
         state, path = found
+        self._latest_damaged = path.name == checkpoint.PREVIOUS
         for what in ("encoder", "data"):
             if state[what] != self.prints[what]:
                 raise UserError(
@@ -258,7 +260,9 @@ class StoredClassifier:
         """Rank 0 keeps the state of a part beside those of the others."""
         self._parts[part] = state
         if is_main():
-            checkpoint.save(self.folder, {**self.prints, "parts": self._parts})
+            state = {**self.prints, "parts": self._parts}
+            checkpoint.save(self.folder, state, latest_damaged=self._latest_damaged)
+            self._latest_damaged = False
 
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:

@@ -17,6 +17,7 @@ import yaml
 
 from utils.distributed import is_main, rank, world_size
 from utils.errors import UserError
+from utils.files import write_whole
 from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
@@ -70,7 +71,7 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
 def write_config(folder: Path, config: Mapping) -> None:
     """Rank 0 writes the resolved configuration to `<folder>/config.yaml`: not before a stored run accepted it."""
     if is_main():
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def provenance() -> dict:
@@ -128,12 +129,7 @@ class MetricsWriter:
         last = math.inf if resume_step is None else resume_step
         self._kept = kept = [line for line in lines if _step_of(line) <= last] if resume_step != 0 else []
         if kept != lines:
-            temporary = self._path.with_suffix(".tmp")
-            try:
-                temporary.write_text("".join(line + "\n" for line in kept))
-                os.replace(temporary, self._path)
-            except OSError as error:
-                raise UserError(f"{self._path}: could not be written: {error}") from None
+            write_whole(self._path, "".join(line + "\n" for line in kept))
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(folder / "tensorboard", purge_step=purge)
 
@@ -242,7 +238,7 @@ class TrainingLog:
         self.writer, self.num_epochs, self.steps, self.batch_size = writer, num_epochs, steps, batch_size
 
     def report(self, epoch: int, steps_done: int, figures: Mapping[str, float]) -> None:
-        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on)."""
+        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on); no loss if all were left out."""
         steps_left = (self.num_epochs - epoch) * self.steps - steps_done
         left = duration(steps_left * self.batch_size / max(figures["clips_per_s"], 1e-9))
         forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
@@ -251,7 +247,7 @@ class TrainingLog:
         log.info("%s | %s left | %s", place, left, " | ".join(shown))
         figures = {"epoch": epoch, **figures, "memory_gb": memory_gb()}
         self.writer.write("train", epoch * self.steps + steps_done, figures)
-        if (warning := collapse_warning(figures)) is not None:
+        if "loss" in figures and (warning := collapse_warning(figures)) is not None:
             log.warning("%s", warning)
 
 

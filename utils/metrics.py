@@ -15,20 +15,27 @@ class Averages:
     """Means of 0-dim tensors over steps and ranks. Adding reads nothing back from the device; reading does, once."""
 
     def __init__(self) -> None:
-        self._sum, self._names, self._count = None, (), 0
+        self._names: tuple[str, ...] = ()
+        self._values: list[Tensor] = []
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         """Add a step's figures; every step brings the same names."""
-        values = torch.stack([value.detach().double() for value in figures.values()])
-        self._sum = values if self._sum is None else self._sum + values
-        self._names, self._count = tuple(figures), self._count + 1
+        self._names = tuple(figures)
+        self._values.append(torch.stack([value.detach().double() for value in figures.values()]))
+
+    def take_back(self, count: int) -> None:
+        """Forget what was added last, so many times: the parts of a step that is left out."""
+        del self._values[-count:]
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, over all ranks; starts anew. Every rank must call it."""
-        if not self._count:
+        """The means since the last reading, over all ranks; starts anew. Every rank must call it.
+
+        Empty where nothing was added, or all of it taken back.
+        """
+        if not self._values:
             return {}
-        means = all_reduce_sum(self._sum) / (self._count * world_size())
-        self._sum, self._count = None, 0
+        means = all_reduce_sum(torch.stack(self._values).mean(0)) / world_size()
+        self._values = []
         return dict(zip(self._names, means.tolist(), strict=True))
 
 

@@ -265,7 +265,7 @@ def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
     for cfg, name, loss_axis in zip(cfgs, run_names(cfgs), loss_axes, strict=True):
         train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
         epoch_steps = steps_of_an_epoch(train)
-        loss_axis.plot([r["step"] / epoch_steps for r in train], [r["loss"] for r in train])
+        loss_axis.plot([r["step"] / epoch_steps for r in train], [r.get("loss", math.nan) for r in train])
         loss_axis.set(xlabel="epoch", ylabel="loss", title=f"Training loss, {name}")
         for direction, style in (("v2a", "-"), ("a2v", "--")):
             epochs, recall = ([row[key] for row in held_out] for key in ("epoch", f"{direction}_R@10"))

@@ -6,7 +6,6 @@ One evaluation writes, into its folder, `results.json`, and for each classifier 
 import csv
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from utils.errors import UserError
 from utils.evaluation import clip_accuracies, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
 from utils.figures import save_figure
+from utils.files import write_whole
 from utils.metrics import nearest_neighbour_accuracy
 
 log = logging.getLogger("avssrl")
@@ -50,13 +50,7 @@ def write_json(file: Path, content: Mapping) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = file.with_suffix(".json.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: could not be written: {error}") from None
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_classes(

@@ -1,7 +1,6 @@
 """Why a run stops before its end: a signal that asks for it, numbers that are not finite."""
 
 import json
-import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.distributed import any_rank, barrier, gather_objects, is_main, rank, world_size
-from utils.errors import Preempted, RunFailed
+from utils.errors import Preempted, RunFailed, UserError
+from utils.files import write_whole
 from utils.logger import log
 
 
@@ -106,10 +106,11 @@ class NonFiniteGuard:
         for name, value in self._model.named_buffers():
             value.copy_(self._kept[name])
         self.skipped += 1
-        file = self._save(facts)
+        where = self._save(facts)
         if self.skipped > self.skips:
-            raise RunFailed(f"{_describe(facts)}, and skip_nonfinite: {self.skips} steps were left out already; {file}")
-        log.warning("%s; this step is left out (%d of %d); see %s", _describe(facts), self.skipped, self.skips, file)
+            told = f"and skip_nonfinite: {self.skips} steps were left out already"
+            raise RunFailed(f"{_describe(facts)}, {told}; {where}")
+        log.warning("%s; this step is left out (%d of %d); %s", _describe(facts), self.skipped, self.skips, where)
         return False
 
     def check(self) -> None:
@@ -118,7 +119,7 @@ class NonFiniteGuard:
             return
         (verdict, facts), self._waiting = self._waiting, None
         if verdict.read():
-            raise RunFailed(f"{_describe(facts)}; the last checkpoint is from before; see {self._save(facts)}")
+            raise RunFailed(f"{_describe(facts)}; the last checkpoint is from before; {self._save(facts)}")
 
     def state_dict(self) -> dict:
         """For the checkpoint."""
@@ -128,8 +129,8 @@ class NonFiniteGuard:
         """Go on counting."""
         self.skipped = state["skipped"]
 
-    def _save(self, facts: dict) -> Path:
-        """Rank 0 writes every rank's losses, terms, clips and files."""
+    def _save(self, facts: dict) -> str:
+        """Rank 0 writes every rank's losses, terms, clips and files; says where, or why not."""
         indices = [i for part in facts["index"] for i in part.tolist()]
         own = {
             "rank": rank(),
@@ -142,10 +143,11 @@ class NonFiniteGuard:
         ranks = gather_objects(own)
         if is_main():
             report = {name: facts[name] for name in ("epoch", "step")} | {"grad_norm": facts["grad_norm"].item()}
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(report | {"ranks": ranks}, indent=1))
-            os.replace(temporary, file)
-        return file
+            try:
+                write_whole(file, json.dumps(report | {"ranks": ranks}, indent=1))
+            except UserError as error:
+                return f"the diagnosis is lost: {error}"
+        return f"see {file}"
 
 
 class _Verdict:

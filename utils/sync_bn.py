@@ -1,6 +1,7 @@
 """BN over the batches of all processes, on any device: PyTorch's own needs GPUs and a sample on every rank."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.compiling import compiles
 from utils.distributed import all_reduce_sum, gather, world_size
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets.video_dataset import EpochBatches
 
 log = logging.getLogger("avssrl")
 
@@ -128,6 +133,19 @@ def share_bn(model: nn.Module) -> nn.Module:
                     shared.weight, shared.bias = bn.weight, bn.bias
                 setattr(parent, name, shared.to(bn.running_mean.device))
     return model
+
+
+def check_shares(model: nn.Module, batches: "EpochBatches") -> None:
+    """Raise UserError where a head's BN, which is over single vectors, would get one of them, which has no variance."""
+    smallest = min(batches.sizes) // (batches.parts * batches.world_size)
+    if smallest > 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm1d):
+            raise UserError(
+                f"dataset.batch_size: a forward pass would be of one clip, and {name} is a BN, which needs more; raise "
+                "it, lower accumulate or run fewer processes; dataset.train.drop_last: true leaves out a small last one"
+            )
 
 
 def count_rank(model: nn.Module, counted: bool) -> None:

@@ -39,6 +39,13 @@ def prepare(monkeypatch, *arguments):
     main()
 
 
+def test_a_file_is_no_place_for_a_data_set(raw, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--out .*file: is no folder"):
+        prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def dataset(root, name="vggsound"):
     return {"name": name, "root": str(root), "list": None, "holdout_every": None, "labels": None, "label_column": None}
 

@@ -60,6 +60,47 @@ def test_figures_of_a_run(folders, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "bars.png").stat().st_size > 5000
 
 
+def test_videos_without_sound_are_left_out_and_named(folders, make_video, monkeypatch, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("0.mp4", "good.mp4", "silent.mp4"):  # the first is held out
+        make_video(raw / name, seconds=1.0, size=(64, 64), audio_codec=None if name == "silent.mp4" else "aac")
+    (raw / "broken.mp4").write_bytes(b"no video")
+    command = ["benchmark", "loader", folders[1], "--root", raw, "--clips", 1, "--workers", 1]
+    monkeypatch.setattr("sys.argv", [*map(str, command), "--set", "dataset.holdout_every=9"])
+    benchmark.main()
+    told = capsys.readouterr().out
+    assert "1 videos x 1 clips" in told
+    assert all(f"{raw}/{name}.mp4" in told.partition("left out: ")[2] for name in ("silent", "broken"))
+    (raw / "good.mp4").unlink()
+    with pytest.raises(UserError, match="clips can be drawn from none of its 2 videos; left out: .*broken.mp4"):
+        benchmark.main()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("loader", "CFG", "--root", "DIR", "--clips", "0"),
+        ("loader", "CFG", "--root", "DIR", "--videos", "-1"),
+        ("loader", "CFG", "--root", "DIR", "--workers", "0"),
+        ("bank", "--steps", "0"),
+        ("bank", "--instances", "100", "1"),
+        ("scaling", "CFG", "--procs", "0"),
+        ("scaling", "CFG", "--crop", "-5"),
+        ("step", "CFG", "--rounds", "0"),
+        ("inference", "CFG", "--depth", "x"),
+        ("training", "CFG", "--steps", "1"),
+    ],
+)
+def test_senseless_numbers_end_in_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert f"{words[-2] if words[-2].startswith('--') else '--instances'}: expected " in line and words[-1] in line
+
+
 def test_a_prepared_folder_that_is_not_whole(folders, monkeypatch):
     folder, config = folders
     command = ["benchmark", "loader", config, "--root", folder / "raw", "--prepared", folder, "--clips", 1]

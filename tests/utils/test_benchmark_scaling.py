@@ -30,8 +30,3 @@ def test_bytes_are_those_of_the_gradients_and_the_gathered_batch(tmp_path):
     assert two["payload"]["allreduce"] == 2 * parameters + 2 * embeddings
     assert two["payload"]["allgather"] == 2 * embeddings
     assert two["wire"] == pytest.approx(two["payload"]["allreduce"] + two["payload"]["allgather"] / 2)
-
-
-def test_mistakes_end_in_one_line():
-    error = scaling(REPO / "configs/demo/vicreg.yaml", "--procs", 0, status=2).stderr
-    assert error.startswith("error: --procs [0]") and error.count("\n") == 1

@@ -61,6 +61,19 @@ def test_a_damaged_list_of_contents_is_noticed(tmp_path, offset, bit):
     assert checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
 
 
+def test_a_damaged_latest_one_does_not_take_the_place_of_the_good_one(tmp_path):
+    for value in (1, 2):
+        checkpoint.save(tmp_path, state(value) | {"config": {}, "videos": "videos", "world_size": 1, "step": 0})
+    latest = tmp_path / checkpoint.LATEST
+    latest.write_bytes(latest.read_bytes()[:2000])
+    checkpoints = run_checkpoints(tmp_path)
+    assert checkpoints.latest()["epoch"] == 1
+    for epoch, before in ((2, 1), (3, 2)):
+        checkpoints.save({}, epoch=epoch, step=0)
+        assert checkpoint.load(latest)["epoch"] == epoch
+        assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["epoch"] == before
+
+
 def run_checkpoints(folder, **changes):
     optimizer = {"num_epochs": 5, "lr": {"milestones": [2]}}
     cfg = {"test_freq": 3, "keep_last": 0, "save_every_minutes": 60, "resume": True, "optimizer": optimizer, **changes}

@@ -52,6 +52,8 @@ def test_every_shipped_file_loads(file):
         ("model.arch=av_wraper", ["model.arch", "did you mean av_wrapper?"]),
         ("model.args.exp_dim=[1]", ["model.args.exp_dim", "proj_dim"]),
         ("model.args.proj_dim=[a, b]", ["model.args.proj_dim", "whole numbers"]),
+        ("model.args.proj_dim=[0]", ["model.args.proj_dim", "each above 0"]),
+        ("model.args.proj_dim=[]", ["model.args.proj_dim", "one or more"]),
         ("max_bad_fraction=2", ["max_bad_fraction", "from 0 to 1"]),
         ("precision=fp64", ["precision", "fp32, tf32, bf16, fp16"]),
         ("dataset.color=[1, 1]", ["dataset.color", "4 values"]),
@@ -102,6 +104,33 @@ def test_files_that_are_no_configuration(tmp_path, text, words):
         load_config(file)
     with pytest.raises(UserError, match="no such configuration"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nnum_workers: 2\nseed: 3\n", "dataset: {root: a,\n  name: b,\n\n\n  name: c}\n"]
+)
+def test_a_key_that_comes_twice(tmp_path, text):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    key, lines = ("seed", "1 and 3") if text.startswith("seed") else ("name", "2 and 5")
+    with pytest.raises(UserError, match=f"twice.yaml: not valid YAML: key {key} comes twice, in lines {lines}; keep"):
+        load_config(file)
+
+
+def test_a_section_may_build_on_another(tmp_path):
+    raw = THESIS.read_text().replace("  test:\n", "  test: &test\n", 1)
+    file = tmp_path / "merged.yaml"
+    file.write_text(raw + "\n_: &more {momentum: 0.1}\n")
+    with pytest.raises(UserError, match="unknown key _"):
+        load_config(file)
+    file.write_text(
+        raw.replace("optimizer:\n", "optimizer:\n  <<: {weight_decay: 0.5, num_epochs: 3}\n").replace(
+            "  weight_decay:", "  # weight_decay:"
+        )
+    )
+    cfg = load_config(file)
+    assert cfg["optimizer"]["weight_decay"] == 0.5
+    assert cfg["optimizer"]["num_epochs"] == load_config(THESIS)["optimizer"]["num_epochs"]
 
 
 def test_overrides_and_numbers_as_yaml_reads_them(tmp_path):

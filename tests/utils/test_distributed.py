@@ -1,6 +1,7 @@
 """utils.distributed: which processes a command line and an environment ask for."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -87,6 +88,14 @@ def test_first_host_of_a_slurm_list(nodes, host):
     assert _first_host(nodes) == host
 
 
+@pytest.mark.parametrize("seed", ["-1", "1.5", str(2**63), "x"])
+def test_seeds_that_are_none(seed, capsys):
+    with pytest.raises(SystemExit) as end:
+        options("--seed", seed)
+    assert end.value.code == 2 and f"found {seed}" in capsys.readouterr().err
+    assert options("--seed", str(2**63 - 1)).seed == 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -163,6 +172,38 @@ def test_ranks_end_with_their_torchrun(tmp_path):
 
 def test_an_interrupt_of_the_launcher_alone_ends_its_ranks(tmp_path):
     ranks_end_after(tmp_path, signal.SIGINT, "--distributed", "--nproc", "2")
+
+
+STARTS_SLOWLY = """
+import time
+from pathlib import Path
+from utils.cli import pretraining_parser, run_script
+from utils.distributed import launch
+
+if __name__ == "__mp_main__":  # a rank that still imports
+    Path(__file__).with_name("started").touch()
+    time.sleep(100)
+
+def main():
+    launch(print, pretraining_parser("").parse_args(["any.yaml", "--distributed", "--nproc", "2"]))
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_signal_before_the_first_step_is_no_failure(tmp_path, number, send):
+    file = tmp_path / "starts_slowly.py"
+    file.write_text(STARTS_SLOWLY)
+    command = [sys.executable, str(file)]
+    with subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_until((tmp_path / "started").exists)
+        send(process.pid, number)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    assert f"preempted: stopped by {number.name} before the first step; run it again to go on" in error
 
 
 def ranks_end_after(folder, number, *options, launcher=()):

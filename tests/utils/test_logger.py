@@ -1,11 +1,18 @@
 """utils.logger and utils.bad_videos: what a run's files keep."""
 
+import math
+import resource
+from unittest.mock import Mock
+
 import pytest
+import torch
 
 from utils.bad_videos import BadVideos
-from utils.errors import UserError
+from utils.errors import RunFailed, UserError
 from utils.figures import output_file
-from utils.logger import MetricsWriter, read_metrics
+from utils.logger import MetricsWriter, TrainingLog, read_metrics
+from utils.metrics import Averages
+from utils.stopping import NonFiniteGuard
 
 
 @pytest.mark.parametrize(("resume_step", "kept"), [(0, [9]), (2, [1, 2, 9]), (None, [1, 2, 3, 9])])
@@ -22,11 +29,65 @@ def test_figures_of_steps_that_will_be_taken_again_are_dropped(tmp_path, resume_
     assert [line["step"] for line in read_metrics(tmp_path, "train")] == kept
 
 
+def test_a_full_disk_under_the_metrics_ends_in_a_line(tmp_path, monkeypatch):
+    """A limit on the size of files fails writes as a full disk does."""
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 1, {"loss": 1.0})
+    writer.close()
+    monkeypatch.setattr(writer, "_board", Mock())  # TensorBoard writes in a thread of its own
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, hard))
+    try:
+        with pytest.raises(UserError, match="metrics.jsonl: could not be written: .*File too large"):
+            writer.write("train", 2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_bad_video_whose_name_is_no_utf_8_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.bad_videos.log.disabled", True)  # pytest's processes cannot send each other such a name
     bad = BadVideos(tmp_path, 1.0, 10)
     bad._flush([("clip\udce9.mp4", "cannot be opened")])
     assert b"clip\xe9.mp4,cannot be opened,1" in (tmp_path / "bad-videos.csv").read_bytes()
+
+
+def test_bad_videos_that_cannot_be_noted_end_in_a_line(tmp_path):
+    (tmp_path / "bad-videos.csv").mkdir()
+    with pytest.raises(UserError, match="bad-videos.csv: could not be written: "):
+        BadVideos(tmp_path, 1.0, 10)._flush([("clip.mp4", "cannot be opened")])
+
+
+def test_epochs_are_counted_from_one_in_what_is_told(tmp_path):
+    bad = BadVideos(tmp_path, 0.1, 10)
+    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": None})
+    with pytest.raises(UserError, match="2 of the 10 samples of epoch 1 could not be decoded"):
+        bad.collect(0)
+
+
+def test_averages_forget_what_is_taken_back():
+    averages = Averages()
+    for value in (1.0, 2.0, math.nan, math.nan):
+        averages.add({"loss": torch.tensor(value), "terms": torch.tensor(2 * value)})
+    averages.take_back(2)
+    assert averages.read() == {"loss": 1.5, "terms": 3.0}
+    assert averages.read() == {}
+
+
+def test_a_stretch_whose_steps_were_all_left_out_is_told_without_a_loss(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    TrainingLog(writer, 2, 10, 4).report(0, 5, {"lr": 0.1, "clips_per_s": 3.0})
+    writer.close()
+    (line,) = read_metrics(tmp_path, "train")
+    assert line["lr"] == 0.1 and "loss" not in line
+
+
+def test_a_diagnosis_that_cannot_be_written_hides_no_failure(tmp_path):
+    (tmp_path / "nonfinite-epoch0-step2.json").mkdir()
+    guard = NonFiniteGuard(tmp_path, "clip{}.mp4".format, 0, False)
+    nan, index = torch.tensor(math.nan), torch.tensor([3])
+    guard.admits({"epoch": 0, "step": 2}, [nan], nan, {"sim": nan}, [index])
+    with pytest.raises(RunFailed, match="not finite in epoch 1, step 3: .*the diagnosis is lost: .*could not be writ"):
+        guard.check()
 
 
 def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
