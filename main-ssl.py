@@ -41,7 +41,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
-from utils.sync_bn import check_shares
+from utils.sync_bn import check_shares, share_head_bn
 
 
 def main() -> None:
@@ -80,6 +80,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     num_epochs, accumulate, loss_args = cfg["optimizer"]["num_epochs"], cfg["accumulate"], cfg["loss"]["args"]
     torch.manual_seed(cfg["seed"])
     model = build_model(cfg["model"]).to(device)
+    share_head_bn(model)
     check_shares(model, batches)
     log.info("%s", parameter_summary(model))
     rows = bank_rows(cfg, len(videos))

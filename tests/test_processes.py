@@ -8,6 +8,7 @@ from criterions import build_criterion
 from models import build_model
 from utils.distributed import all_reduce_sum, gather, gather_objects, gather_with_grad, rank, world_size, wrap
 from utils.optim import build_optimizer
+from utils.sync_bn import share_head_bn
 
 STEPS, BATCH, INSTANCES = 5, 8, 20
 MODEL = {
@@ -28,10 +29,12 @@ def start(own_rank, processes, file):
     dist.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=processes)
 
 
-def train(hard_negatives):
-    """Five steps in float64 with BN in eval mode (torch's SyncBN needs a GPU); losses, weights and bank afterwards."""
+def train(hard_negatives, proj_norm):
+    """Five steps in float64, the backbones' BN in eval mode (each rank has its own); losses, weights and bank."""
     torch.manual_seed(0)
-    model = build_model(MODEL).double().eval()
+    model = build_model({"arch": MODEL["arch"], "args": {**MODEL["args"], "proj_norm": proj_norm}}).double().eval()
+    share_head_bn(model)
+    model.video_proj.train(), model.audio_proj.train()
     loss = {"name": "xID", "args": {"num_negatives": 12, "q": 0.1, "N_hard": hard_negatives, "s": 4, "s_prime": 4}}
     loss["args"]["hard_neg_epoch"] = 0
     criterion = build_criterion(loss, INSTANCES, 16).double().train()
@@ -53,20 +56,20 @@ def train(hard_negatives):
     return losses, model.state_dict(), criterion.state_dict()
 
 
-def train_as_one_of_two(own_rank, file, hard_negatives, answer):
+def train_as_one_of_two(own_rank, file, hard_negatives, proj_norm, answer):
     start(own_rank, 2, file)
-    result = train(hard_negatives)
+    result = train(hard_negatives, proj_norm)
     if own_rank == 0:
         torch.save(result, answer)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("hard_negatives", [None, 6])
-def test_two_processes_train_as_one(tmp_path, run_ranks, hard_negatives):
+@pytest.mark.parametrize(("hard_negatives", "proj_norm"), [(None, None), (6, None), (None, "bn")])
+def test_two_processes_train_as_one(tmp_path, run_ranks, hard_negatives, proj_norm):
     answer = tmp_path / "answer.pt"
-    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", hard_negatives, answer)
+    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", hard_negatives, proj_norm, answer)
     losses, weights, bank = torch.load(answer)
-    one_losses, one_weights, one_bank = train(hard_negatives)
+    one_losses, one_weights, one_bank = train(hard_negatives, proj_norm)
     assert len(set(one_losses)) == STEPS
     torch.testing.assert_close(losses, one_losses, atol=1e-5, rtol=0)
     for two, one in ((weights, one_weights), (bank, one_bank)):

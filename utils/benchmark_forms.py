@@ -17,7 +17,7 @@ from utils.distributed import wrap
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
 from utils.precision import Precision
-from utils.sync_bn import synchronise_bn
+from utils.sync_bn import share_head_bn, synchronise_bn
 
 INSTANCES = 50_000  # rows of the bank where the YAML gives no number
 
@@ -110,6 +110,8 @@ class Step:
         self.model = build_model(cfg["model"]).to(device).train()
         if cfg["loss"]["name"] == "VICLoss":
             self.model = synchronise_bn(self.model, device, form.compiled)
+        else:
+            share_head_bn(self.model)
         if not form.in_2d:
             in_3d(self.model.video_model, form.channels_last)
         rows = cfg["loss"]["args"].get("num_instances") or INSTANCES

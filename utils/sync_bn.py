@@ -39,7 +39,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, counted, mean, rstd, count)
         ctx.mark_non_differentiable(mean, var, count)
         scale = rstd * weight  # not (x - mean) * scale: torch.compile would store x - mean in float32 for the backward
-        y = x.float() * _channels(scale, x) + _channels(bias - mean * scale, x)
+        y = _wide(x) * _channels(scale, x) + _channels(bias - mean * scale, x)
         return y.to(x.dtype), mean, var, count
 
     @staticmethod
@@ -47,16 +47,22 @@ class _Normalise(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, counted, mean, rstd, count = ctx.saved_tensors
-        d_y, centred = d_y.float(), x.float() - _channels(mean, x)
+        d_y, centred = _wide(d_y), _wide(x) - _channels(mean, x)
         sums = torch.stack([_sum(d_y, mean.dtype), _sum(d_y * centred, mean.dtype)])
         d_mean, d_var = all_reduce_sum(sums) * counted / count
         d_x = (d_y - _channels(d_mean, x) - centred * _channels(d_var * rstd.square(), x)) * _channels(rstd * weight, x)
-        return d_x.to(x.dtype), (sums[1] * rstd).float(), sums[0].float(), None, None
+        d_weight, d_bias = (values.to(weight.dtype) for values in (sums[1] * rstd, sums[0]))
+        return d_x.to(x.dtype), d_weight, d_bias, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (C,) as float32, to be spread over `x` (N, C, ...)."""
-    return values.float().view(1, -1, *[1] * (x.dim() - 2))
+    """`values` (C,) as wide as `x` is computed in, to be spread over `x` (N, C, ...)."""
+    return values.to(torch.promote_types(x.dtype, torch.float32)).view(1, -1, *[1] * (x.dim() - 2))
 
 
 def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +71,7 @@ def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C,) of `x` (N, C, ...), float32 on a GPU, float64 on a CPU."""
-    x = x.float()
+    x = _wide(x)
     if x.is_cuda:
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return mean, var
@@ -97,8 +103,8 @@ class SharedBatchNorm(_BatchNorm):
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * count / (count - 1).clamp_min(1)
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_(unbiased.float(), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return y
 
 
@@ -131,8 +137,19 @@ def share_bn(model: nn.Module) -> nn.Module:
                 shared.load_state_dict(bn.state_dict())
                 if bn.affine:
                     shared.weight, shared.bias = bn.weight, bn.bias
-                setattr(parent, name, shared.to(bn.running_mean.device))
+                setattr(parent, name, shared.to(bn.running_mean))
     return model
+
+
+def share_head_bn(model: nn.Module) -> None:
+    """With several processes, let the BN of xID's heads (`proj_norm: bn`) be over the batches of all, on any device.
+
+    A rank's few clips alone would say little of what all embeddings have in common, which is what it takes away. The
+    backbones' BN stays each rank's own, as in the thesis.
+    """
+    if world_size() > 1:
+        share_bn(model.video_proj)
+        share_bn(model.audio_proj)
 
 
 def check_shares(model: nn.Module, batches: "EpochBatches") -> None:
