@@ -33,7 +33,7 @@ from utils.distributed import gather_objects, is_main, launch
 from utils.errors import UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
-from utils.logger import MetricsWriter, StepClock, log, parameter_summary, stage, start_run, write_config
+from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run, write_config
 from utils.optim import learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
@@ -110,9 +110,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
             else:
                 batches = fresh_batches(encoder, part, fresh, failures, epoch)
             clock, history = StepClock(), []
-            for step, (features, labels) in enumerate(batches):
+            for step, (features, labels, progress) in enumerate(batches):
                 features, labels = {k: x.to(device) for k, x in features.items()}, labels.to(device)
-                history.append(train_step(probe, features, labels, epoch))
+                history.append(train_step(probe, features, labels, epoch, progress))
                 clock.count(len(labels))
                 if fresh is not None and (step + 1) % cfg["print_freq"] == 0:
                     place = f"epoch {epoch + 1}/{num_epochs} step {step + 1}/{len(fresh)}"
@@ -125,8 +125,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
                 figures = mean_losses(history)
                 if tests is not None:
                     figures |= quick_test(probe.logits, tests, part.test, part.test_labels, few)
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-                log.info("epoch %d/%d: %s", probe.epoch, num_epochs, shown)
+                log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
                 writer.write(part.name, probe.epoch, figures)
             stored.save(part.name, **probe.state_dict(), drift=encoder.drift())
 
@@ -152,13 +151,15 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     return finish_evaluation(folder, facts, outcome)
 
 
-def train_step(probe: LinearProbe, features: dict[str, Tensor], labels: Tensor, epoch: int) -> dict[str, Tensor]:
+def train_step(
+    probe: LinearProbe, features: dict[str, Tensor], labels: Tensor, epoch: int, progress: float
+) -> dict[str, Tensor]:
     """One step of each classifier on features (N, D) by name and labels (N,); their losses."""
     losses = {}
     for rate, head in probe.heads.items():
         head.train()
         by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
-        set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch))
+        set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch, progress))
         probe.optimizers[rate].zero_grad()
         sum(by_feature.values()).backward()
         probe.optimizers[rate].step()
@@ -194,8 +195,11 @@ def clip_features(
     return stored_clip_outputs(cfg["cache_dir"], meaning, encoder, loader, len(videos), chunk, failures)
 
 
-def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Iterator[tuple[dict, Tensor]]:
-    """An epoch's batches of features and labels, on rank 0, with one of the stored views at every position."""
+def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Iterator[tuple[dict, Tensor, float]]:
+    """An epoch's batches on rank 0, with one of the stored views at every position.
+
+    A batch is its features by name, its labels, and how much of the epoch, 0 to 1, went before.
+    """
     if not is_main():
         return
     arrays, readable = views
@@ -208,15 +212,15 @@ def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Ite
     for step in range(batches.steps):
         at = slice(step * batches.batch_size, step * batches.batch_size + batches.size(step))
         features = {name: torch.from_numpy(array[rows[order[at]], view[at]]) for name, array in arrays.items()}
-        yield features, labels[order[at]]
+        yield features, labels[order[at]], step / batches.steps
 
 
 def fresh_batches(
     encoder: FrozenEncoder, part: Part, loader: DataLoader, failures: evaluation.Failures, epoch: int
-) -> Iterator[tuple[dict, Tensor]]:
-    """An epoch's batches of features, made now by all ranks, and labels: on rank 0."""
+) -> Iterator[tuple[dict, Tensor, float]]:
+    """As `stored_batches`, of features that all ranks make now."""
     loader.batch_sampler.start_at(epoch)
-    for batch in loader:
+    for step, batch in enumerate(loader):
         features = encoder.training_features(batch, loader.dataset.recipe.clip_shape)
         own = {"failures": batch["failures"], "index": batch.get("index", []), "features": features}
         shares = gather_objects(own)
@@ -226,7 +230,8 @@ def fresh_batches(
         if is_main() and shares:
             names = shares[0]["features"]
             features = {name: torch.cat([share["features"][name] for share in shares]) for name in names}
-            yield features, part.train_labels[torch.cat([share["index"] for share in shares])]
+            labels = part.train_labels[torch.cat([share["index"] for share in shares])]
+            yield features, labels, step / loader.batch_sampler.steps
 
 
 if __name__ == "__main__":

@@ -29,7 +29,17 @@ from utils.distributed import gather_objects, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
 from utils.features import ClipOutputs, clip_outputs, rows_of
 from utils.frozen import tensor_hash
-from utils.logger import MetricsWriter, StepClock, duration, log, parameter_summary, stage, start_run, write_config
+from utils.logger import (
+    MetricsWriter,
+    StepClock,
+    duration,
+    in_words,
+    log,
+    parameter_summary,
+    stage,
+    start_run,
+    write_config,
+)
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
@@ -143,7 +153,6 @@ def fine_tune(
             net = wrap(model, cfg["compile"], device)
         if epoch == start_epoch and state is not None and state["warming"] == warming:
             optimizer.load_state_dict(state["optimizer"])
-        set_learning_rate(optimizer, learning_rate(schedule, max(0, epoch - warmup)))
         model.train()
         model.video_model.train(not warming)
         batches.start_at(epoch)
@@ -152,6 +161,8 @@ def fine_tune(
             for share in gather_objects(batch["failures"]):
                 failures(share)
             has_clips, size = "frames" in batch, batches.size(step)
+            rate = learning_rate(schedule, max(0, epoch - warmup), step / batches.steps)
+            set_learning_rate(optimizer, rate)
             count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
             keep = model.draw_dropout(size, (cfg["seed"], epoch, step)).to(device)  # the whole batch's, on every rank
             if has_clips:
@@ -170,13 +181,13 @@ def fine_tune(
             averages.add({"loss": loss})
             clock.count(size)
             if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps:
-                figures = averages.read() | clock.read()
+                figures = averages.read() | {"lr": rate} | clock.read()
                 if not math.isfinite(figures["loss"]):
                     raise RunFailed(f"{part.name}, epoch {epoch + 1}: the loss is not finite; lower lr.base_lr")
                 writer.write(f"{part.name} train", epoch * batches.steps + step + 1, figures)
                 clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
                 place = f"{'warm-up ' if warming else ''}epoch {epoch + 1}/{num_epochs} step {step + 1}/{batches.steps}"
-                log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), shown(figures))
+                log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), in_words(figures))
                 clock.restart()
 
         done = epoch + 1
@@ -194,18 +205,13 @@ def fine_tune(
             if is_main():
                 figures = evaluation.clip_accuracies(outputs["logits"], part.test_labels[present])
                 writer.write(f"{part.name} test", done * batches.steps, figures)
-                log.info("after epoch %d: %s", done, shown(figures))
+                log.info("after epoch %d: %s", done, in_words(figures))
 
     outputs, present = rows_of(test_clips(random, even), torch.arange(len(test)))
     if not is_main():
         return None
     by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: outputs["logits"]}}
     return Outcome(part.classes, part.test_labels[present], by_rate, random)
-
-
-def shown(figures: dict[str, float]) -> str:
-    """Figures in a line."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from contextlib import nullcontext
 
 import torch
 
-from criterions import build_criterion, q_schedule
-from datasets import build_held_out, build_training
+from criterions import build_criterion
+from datasets import build_training
 from datasets.preprocessing import BatchPrep
 from datasets.statistics import audio_statistics
 from models import build_model
@@ -30,16 +30,15 @@ from utils.logger import (
     TrainingLog,
     log,
     parameter_summary,
-    percentages,
     stage,
     start_run,
     write_config,
 )
 from utils.metrics import Averages
+from utils.monitor import Monitor
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.prefetch import prefetch
-from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
 from utils.sync_bn import check_shares, share_head_bn
 
@@ -51,6 +50,8 @@ def main() -> None:
         cfg["seed"] = args.seed
     if cfg["loss"]["name"] != "xID" or cfg["model"]["arch"] != "av_wrapper":
         raise UserError(f"{args.cfg}: main-ssl.py trains loss xID with arch av_wrapper; for VICLoss see main-vicreg.py")
+    if cfg["dataset"]["train"]["video_only"]:
+        raise UserError(f"{args.cfg}: dataset.train.video_only: true does not go with av_wrapper, which needs sound")
     launch(pretrain, args, args, cfg)
 
 
@@ -67,7 +68,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
     state = checkpoints.latest()
-    write_config(folder, cfg)
+    if not cfg["test_only"]:
+        write_config(folder, cfg)
     if state is not None:
         audio_stats = state["audio_stats"]
     else:
@@ -77,7 +79,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
 
     stage("Model")
-    num_epochs, accumulate, loss_args = cfg["optimizer"]["num_epochs"], cfg["accumulate"], cfg["loss"]["args"]
+    num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
     torch.manual_seed(cfg["seed"])
     model = build_model(cfg["model"]).to(device)
     share_head_bn(model)
@@ -105,34 +107,23 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
+    monitor = Monitor(cfg, model, prepare, precision, device)
+    if cfg["test_only"]:
+        monitor.measure(start_epoch)
+        return
     guard.protect(model)
     net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 
+    stage("Training")
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
-
-    def measure(epoch: int) -> None:
-        """Held-out retrieval and nearest neighbours after so many epochs, by rank 0."""
-        if is_main():
-            with precision.autocast():
-                figures = held_out_figures(embed(model, build_held_out(cfg, device), prepare))
-            writer.write("retrieval", epoch * batches.steps, {"epoch": epoch, **figures})
-            log.info("held out, after %d epochs: %s", epoch, percentages(figures))
-
-    if cfg["test_only"]:
-        return measure(start_epoch)
-
-    stage("Training")
-    monitor_every = cfg["monitor_every"]
-    due = monitor_every and start_step == 0 and (start_epoch % monitor_every == 0 or start_epoch == num_epochs)
-    if due and not writer.wrote("retrieval", start_epoch * batches.steps):  # not yet, or the run was killed before
-        measure(start_epoch)
+    if start_step == 0:
+        monitor.record(writer, start_epoch, start_epoch * batches.steps)
     averages, clock = Averages(), StepClock()
     for epoch in range(start_epoch, num_epochs):
         model.train()
-        q = q_schedule(epoch, num_epochs, loss_args["q"], loss_args["q_max"])
         batches.start_at(epoch, start_step)
         losses, indices = [], []
         clock.restart()
@@ -144,7 +135,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 video, audio = prepare(batch)
                 with precision.autocast():
                     video_emb, audio_emb = net(video, audio)
-                loss = criterion(video_emb, audio_emb, batch["index"], epoch=epoch, q=q)
+                loss = criterion(video_emb, audio_emb, batch["index"], epoch)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})
             clock.count(len(batch["index"]) * world_size())
@@ -167,7 +158,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             last_step, stopping = step == batches.steps - 1, stop.on_any_rank()
             if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
                 guard.check()
-                figures = averages.read() | {"lr": rate, "q": q, "grad_norm": grad_norm.item()} | clock.read()
+                figures = averages.read() | {"lr": rate, "q": criterion.q_at(epoch)} | clock.read()
+                figures["grad_norm"] = grad_norm.item()
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
                 if stopping or (not last_step and any_rank(checkpoints.due())):
@@ -181,8 +173,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         if checkpoints.due_after(done):
             criterion.assemble()
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
-        if monitor_every and (done % monitor_every == 0 or done == num_epochs):
-            measure(done)
+        monitor.record(writer, done, done * batches.steps)
 
     writer.close()
     log.info("%d epochs done; the model is in %s", num_epochs, checkpoints.file)

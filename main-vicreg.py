@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 
 from criterions import build_criterion
-from datasets import build_held_out, build_training
+from datasets import build_training
 from datasets.preprocessing import BatchPrep
 from datasets.statistics import audio_statistics
 from models import build_model
@@ -30,16 +30,15 @@ from utils.logger import (
     TrainingLog,
     log,
     parameter_summary,
-    percentages,
     stage,
     start_run,
     write_config,
 )
 from utils.metrics import Averages
+from utils.monitor import Monitor
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.prefetch import prefetch
-from utils.retrieval import embed, held_out_figures
 from utils.stopping import NonFiniteGuard, StopSignal
 from utils.sync_bn import check_shares, synchronise_bn
 
@@ -80,7 +79,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
     state = checkpoints.latest()
-    write_config(folder, cfg)
+    if not cfg["test_only"]:
+        write_config(folder, cfg)
     if video_only or state is not None:
         audio_stats = None if video_only else state["audio_stats"]
     else:
@@ -116,30 +116,20 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
+    monitor = Monitor(cfg, model, prepare, precision, device)
+    if cfg["test_only"]:
+        monitor.measure(start_epoch)
+        return
     guard.protect(model)
     net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 
+    stage("Training")
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
-
-    def measure(epoch: int) -> None:
-        """Held-out retrieval and nearest neighbours after so many epochs, by rank 0."""
-        if is_main():
-            with precision.autocast():
-                figures = held_out_figures(embed(model, build_held_out(cfg, device), prepare))
-            writer.write("retrieval", epoch * batches.steps, {"epoch": epoch, **figures})
-            log.info("held out, after %d epochs: %s", epoch, percentages(figures))
-
-    if cfg["test_only"]:
-        return measure(start_epoch)
-
-    stage("Training")
-    monitor_every = cfg["monitor_every"]
-    due = monitor_every and start_step == 0 and (start_epoch % monitor_every == 0 or start_epoch == num_epochs)
-    if due and not writer.wrote("retrieval", start_epoch * batches.steps):  # not yet, or the run was killed before
-        measure(start_epoch)
+    if start_step == 0:
+        monitor.record(writer, start_epoch, start_epoch * batches.steps)
     averages, clock = Averages(), StepClock()
     for epoch in range(start_epoch, num_epochs):
         model.train()
@@ -189,8 +179,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         start_step, done = 0, epoch + 1
         if checkpoints.due_after(done):
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
-        if monitor_every and (done % monitor_every == 0 or done == num_epochs):
-            measure(done)
+        monitor.record(writer, done, done * batches.steps)
 
     writer.close()
     log.info("%d epochs done; the model is in %s", num_epochs, checkpoints.file)

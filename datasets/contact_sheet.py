@@ -16,14 +16,12 @@ def draw_contact_sheet(
     root: str | Path, names: Sequence[str], file: str | Path, count: int = 12, seed: int = 0
 ) -> None:
     """Draw `count` random videos: four frames over their length, the waveform below, and what could not be read."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = sorted(names)
     chosen = np.random.default_rng(seed).permutation(len(names))[:count]
     rows = -(-len(chosen) // 2)
     figure = Figure(figsize=(13, 2.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     cells = figure.subfigures(rows, 2, squeeze=False).flat
     for cell, i in zip(cells, sorted(chosen.tolist()), strict=False):
         pictures, sound = cell.subplots(2, 1, height_ratios=(2.4, 1))

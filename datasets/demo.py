@@ -21,8 +21,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +31,9 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from utils.cli import at_least, run_script
 from utils.errors import UserError
+from utils.processes import cores, end_with_parent
 
 VERSION = 2  # raised when the same seed no longer gives the same pixels and sound
 SIZE, FPS, SECONDS, SAMPLE_RATE = 128, 16, 3.5, 16000
@@ -413,16 +413,6 @@ def _make_clip(folder: Path, name: str, index: int, seed: int) -> None:
     write_clip(folder / "videos" / _clip_name(name, index), render_frames(params), render_sound(params))
 
 
-def _end_with_parent() -> None:
-    """Let a worker not outlive a killed run: the pool alone would leave it waiting for ever."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: int, progress: bool) -> None:
     """Write the clips of `jobs`, (class, index) pairs; without workers, or with one, in this process."""
     names, indices = zip(*jobs, strict=True)
@@ -434,7 +424,7 @@ def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: i
             bar.update()
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
             for _ in pool.map(_make_clip, *columns, chunksize=4):
                 bar.update()
     bar.close()
@@ -452,10 +442,6 @@ def _write_lists(folder: Path, train: range, test: range) -> None:
     lists.mkdir()
     for name, content in lines.items():
         (lists / name).write_text("\n".join(content) + "\n")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _is_complete(root: Path, marker: dict) -> bool:
@@ -483,8 +469,10 @@ def make(
     """Make the demo data set in the folder `root`, if it is not there yet, and return the folder.
 
     `train_clips` and `test_clips` are numbers of clips a class; `workers` is the number of processes, by default one a
-    core. The folder appears whole: it is built beside `root` and renamed. Raises UserError if `root` holds other files,
-    or a demo data set made with other parameters.
+    core. The folder appears whole: it is built beside `root` and renamed.
+
+    Raises:
+        UserError: `root` holds other files, or a demo data set made with other parameters, or cannot be written.
     """
     root = Path(root)
     marker = {"version": VERSION, "seed": seed, "train_clips": train_clips, "test_clips": test_clips}
@@ -498,7 +486,7 @@ def make(
         for name in CLASSES:
             (building / "videos" / name).mkdir(parents=True)
         jobs = [(name, i) for name in CLASSES for i in (*train, *test)]
-        _make_clips(building, jobs, seed, workers or _cores(), progress)
+        _make_clips(building, jobs, seed, workers or cores(), progress)
         _write_lists(building, train, test)
         (building / "demo.json").write_text(json.dumps(marker) + "\n")
         try:
@@ -506,6 +494,8 @@ def make(
         except OSError:  # another run may have been first
             if not _is_complete(root, marker):
                 raise
+    except OSError as error:
+        raise UserError(f"--root {root}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return root
@@ -515,16 +505,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python3 -m datasets.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data/demo", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=at_least(1), help="processes (default: one a core)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
-    try:
-        root = make(args.root, args.seed, args.workers)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    root = make(args.root, args.seed, args.workers)
     print(f"{root}: {len(list(root.glob('videos/*/*.mp4')))} clips")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,6 +9,7 @@ all workers then wait, twice as long each time.
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import run_script
+from utils.cli import at_least, run_script
 from utils.errors import UserError
 
 SECONDS = 10
@@ -46,12 +47,13 @@ def main() -> None:
     parser.add_argument("--csv", required=True, metavar="FILE", help="vggsound.csv: id, start second, label, split")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--split", choices=("train", "test"), help="default: both")
-    parser.add_argument("--limit", type=int, metavar="N", help="stop after so many clips tried")
-    parser.add_argument("--workers", type=int, default=4, metavar="N")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="stop after so many clips tried")
+    parser.add_argument("--workers", type=at_least(1), default=4, metavar="N")
     args = parser.parse_args()
     clips = [clip for clip in read_clips(args.csv) if args.split in (None, clip[2])]
     counts = download_all(clips, Path(args.out), yt_dlp_download(), args.workers, args.limit)
-    shutil.copy2(args.csv, Path(args.out) / "vggsound.csv")
+    with contextlib.suppress(shutil.SameFileError):
+        shutil.copy2(args.csv, Path(args.out) / "vggsound.csv")
     print(", ".join(f"{fate} {count}" for fate, count in counts.items()) + f"; see {Path(args.out) / FATES}")
 
 

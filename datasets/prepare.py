@@ -28,8 +28,9 @@ from datasets.contact_sheet import draw_contact_sheet
 from datasets.manifest import FILE, append_rows, read_rows, write_rows
 from datasets.transcode import Facts
 from datasets.work_pool import TRY_AGAIN, run_jobs
-from utils.cli import run_script
+from utils.cli import at_least, run_script
 from utils.errors import UserError
+from utils.processes import cores
 
 LISTS = {  # what belongs to a data set beside its videos
     "vggsound": ("vggsound.csv",),
@@ -46,9 +47,9 @@ def main() -> None:
     parser.add_argument("dataset", choices=LISTS)
     parser.add_argument("--root", required=True, metavar="RAW", help="the data set as downloaded; only read")
     parser.add_argument("--out", metavar="PREPARED", help="where the prepared data set goes")
-    parser.add_argument("--workers", type=int, default=_cores(), help="processes; default: one a core")
+    parser.add_argument("--workers", type=at_least(1), default=cores(), help="processes; default: one a core")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="prepare the I-th of N parts")
-    parser.add_argument("--short-side", type=int, default=256, metavar="PX", help="at most; default: %(default)s")
+    parser.add_argument("--short-side", type=at_least(1), default=256, metavar="PX", help="at most; default: 256")
     parser.add_argument("--fps", default="keep", help="frames a second, or keep (default)")
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds a video")
     parser.add_argument("--check", action="store_true", help="write no videos: look at RAW, and report")
@@ -61,9 +62,8 @@ def prepare(args: argparse.Namespace) -> None:
     raw, out = Path(args.root), Path(args.out) if args.out else None
     shard, shards = _shard(args.shard)
     fps = None if args.fps == "keep" else _positive(args.fps)
-    if min(args.workers, args.short_side, args.time_limit) <= 0:
-        numbers = f"--workers {args.workers}, --short-side {args.short_side}, --time-limit {args.time_limit:g}"
-        raise UserError(f"{numbers}: expected numbers above 0")
+    if args.time_limit <= 0:
+        raise UserError(f"--time-limit {args.time_limit:g}: expected seconds above 0")
     if not raw.is_dir():
         raise UserError(f"--root {raw}: no such folder")
     if out is not None and out.exists() and not out.is_dir():
@@ -76,7 +76,10 @@ def prepare(args: argparse.Namespace) -> None:
     if not names:
         raise UserError(f"--root {raw}: no video found for {args.dataset}; looked for {' '.join(folder.ENDINGS)}")
     report = out or Path.cwd() / f"check-{raw.resolve().name}"
-    report.mkdir(parents=True, exist_ok=True)
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{report}: cannot be made: {error}") from None
     part = report / PART.format(shard, shards)
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
     prints = {name: fingerprint(raw / name, recipe) for name in names}
@@ -110,8 +113,11 @@ def prepare(args: argparse.Namespace) -> None:
 
 def find_videos(dataset: str, raw: Path) -> Iterator[str]:
     """Names below the root of the videos of a data set in its layout."""
+    if dataset == "vggsound":
+        for top in ("train", "test"):
+            yield from (f"{top}/{name}" for name in vggsound.find(raw / top))
+        return
     tops = {
-        "vggsound": ("train", "test"),
         "ucf101": ("videos", "UCF-101"),
         "hmdb51": ("videos", "hmdb51_org"),
         "folder": (".",),
@@ -246,10 +252,6 @@ def _positive(text: str) -> float:
     if not 0 < value < 1000:
         raise UserError(f"--fps {text}: expected keep, or frames a second above 0")
     return value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

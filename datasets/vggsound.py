@@ -42,11 +42,19 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
 
 def _names(root: Path, folder: str) -> list[str]:
-    """Names of the files of a folder: from the manifest, else from the disk."""
+    """Names of the videos of a folder: from the manifest, else from the disk."""
     manifest = manifest_of(root)
-    if manifest is not None:
-        return sorted(path.removeprefix(f"{folder}/") for path in manifest.paths if path.startswith(f"{folder}/"))
-    with os.scandir(root / folder) as entries:
+    if manifest is None:
+        return find(root / folder)
+    names = (path.removeprefix(f"{folder}/") for path in manifest.paths if path.startswith(f"{folder}/"))
+    return sorted(name for name in names if name.endswith(".mp4") and "/" not in name)
+
+
+def find(folder: Path) -> list[str]:
+    """Names of the mp4 files right below a folder, in their order; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
 
 

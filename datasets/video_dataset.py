@@ -26,6 +26,7 @@ from datasets.preprocessing import (
 )
 from utils.errors import UserError
 from utils.memory import give_back_freed_memory, keep_freed_memory
+from utils.processes import cores
 
 MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
 
@@ -324,7 +325,8 @@ class EpochBatches(Sampler):
     """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch.
 
     A global batch is `batch_size` consecutive positions; it is cut into `parts` (gradient accumulation), each part into
-    the ranks' shares. So W processes see, together, exactly the batches that one sees.
+    the ranks' shares. So W processes see, together, exactly the batches that one sees; but for the last, smaller one
+    without `drop_last`, of which only as many clips are taken as divide into equal shares.
     """
 
     def __init__(
@@ -394,8 +396,7 @@ def make_loader(
     Never more workers than cores that this process may use: they would only take them from each other. On Linux they
     are forked, in a rank that was spawned and with Python 3.14 too: a fork shares what is imported, 225 MB a worker.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(num_workers, cores)
+    num_workers = min(num_workers, cores())
     options.setdefault("collate_fn", collate)
     return DataLoader(
         dataset,

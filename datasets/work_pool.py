@@ -1,8 +1,6 @@
 """Worker processes that may crash or hang: each costs the file it was at, not the run."""
 
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -10,6 +8,7 @@ from multiprocessing.connection import Connection, wait
 from datasets.decoding import DecodeError
 from datasets.transcode import Facts, inspect, transcode
 from utils.errors import UserError
+from utils.processes import end_with_parent
 
 Job = tuple[str, tuple]
 CRASHED, TOO_LONG = "the decoder crashed", "not done within"
@@ -116,15 +115,9 @@ class _Worker:
 
 
 def _serve(pipe: Connection, do: Callable) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     while True:
         try:
             pipe.send(do(*pipe.recv()))
         except (EOFError, OSError):  # the run was ended
             return
-
-
-def _end_with_parent() -> None:
-    """A killed run must not leave workers behind."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -71,6 +71,15 @@ def test_warm_up_leaves_the_backbone_alone(cfgs, tmp_path):
     assert all(torch.equal(backbone[name], value) for name, value in fresh.items())
 
 
+def test_the_rate_rises_from_step_to_step(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__lr__warmup_epochs=2, optimizer__lr__base_lr=0.1, optimizer__lr__milestones=[])
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    lines = map(json.loads, next(tmp_path.glob("runs/**/metrics.jsonl")).read_text().splitlines())
+    rates = [line["lr"] for line in lines if line["group"] == "all train"]
+    steps = len(rates)
+    assert steps >= 4 and rates == pytest.approx([0.1 * step / steps for step in range(steps)], abs=1e-4)
+
+
 def test_any_number_of_processes_finds_the_same(cfgs, tmp_path):
     """Three processes, 8 clips in batches of 7: shares of 2, 2, 3 and 0, 0, 1. BN and dropout are those of one process.
 
@@ -111,6 +120,14 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
     )  # fmt: skip
     assert set(found["results"]) == {"unseen", "seen"} and len(found["few_shot"]["videos"]) == 4
     assert found["results"]["seen"]["pool"]["Clip@1"] == 100  # one class
+    tiny_steps = ("--set", "optimizer.lr.base_lr=1e-12", "--set", "optimizer.weight_decay=0")
+    evaluate(
+        tmp_path, cfg, model, "--random-weights", "--use-rest-classes", "--set", f"dataset.rest_classes={lists}",
+        *tiny_steps,
+    )  # fmt: skip
+    states = checkpoint.load(tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_rest-classes/checkpoint.pth.tar")
+    counts = [state["model"]["video_model.conv1.1.num_batches_tracked"].item() for state in states["parts"].values()]
+    assert len(counts) == 2 and counts[0] == counts[1] > 0  # the second part did not go on from the first
 
 
 def test_a_loss_that_is_no_number_stops_it(cfgs):
@@ -126,3 +143,6 @@ def test_mistakes_end_in_one_line(cfgs):
     assert "no such checkpoint" in tiny_evaluation.mistake(SCRIPT, cfg, model)
     other = ("--set", "model.name=MOSTWrapper", "--set", "model.args={feat_names: [pool], feat_dims: [512]}")
     assert "eval-action-recg-linear.py" in tiny_evaluation.mistake(SCRIPT, cfg, model, *other)
+    for key in ("feature_views=2", "encoder_bn=train", "optimizer.other_lrs=[1.0]"):
+        error = tiny_evaluation.mistake(SCRIPT, cfg, model, "--random-weights", "--set", key)
+        assert f"{key.partition('=')[0]}: " in error and "is for MOSTWrapper, not for ClassificationWrapper" in error

@@ -59,8 +59,13 @@ def test_a_run_writes_what_it_promises(config):
     assert state["epoch"] == 2 and state["train_criterion"]["nce_average.view1_mem"].shape == (8, 16)
     again = run(file).stdout
     assert "going on from" in again and "2 epochs done" in again
-    quiet = run(file, "--quiet", "--set", "test_only=true").stdout
-    assert quiet == ""
+    written = {path: path.read_text() for path in (folder / "metrics.jsonl", folder / "config.yaml")}
+    for resume in ("true", "false"):
+        told = run(file, "--set", "test_only=true", "--set", f"resume={resume}").stdout
+        assert told.count("held out, after 2 epochs") == 1
+        assert "epoch 1/2" not in told and all(path.read_text() == text for path, text in written.items())
+    assert run(file, "--quiet", "--set", "test_only=true").stdout == ""
+    assert "no checkpoint to measure" in run(config("none"), "--set", "test_only=true", status=2).stderr
 
 
 def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
@@ -98,9 +103,30 @@ def test_two_processes_by_every_launcher(config):
     assert differences(final(config.folder("nodes")), final(config.folder("torchrun"))) == []
 
 
-def test_accumulation_takes_the_same_steps(config):
-    run(config("parts", accumulate=2))
-    assert (config.folder("parts") / "metrics.jsonl").read_text().count("\n") == 8
+CLIP_BY_CLIP = """
+import runpy, sys, torch
+from criterions.memory_bank import MemoryBank
+from torch.nn.modules.batchnorm import _BatchNorm
+_BatchNorm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+MemoryBank.sample_negatives = lambda self, index, k: (index[:, None] + 1 + torch.arange(k)) % len(self.view1_mem)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two"])
+def test_parts_of_a_batch_have_the_gradients_of_the_whole(config, tmp_path, launcher):
+    """Where a clip's loss hangs on no other clip: BN in eval mode, rows that stay, negatives by rule."""
+    file = tmp_path / "clip_by_clip.py"
+    file.write_text(CLIP_BY_CLIP)
+    sgd = {"optimizer__name": "sgd", "optimizer__lr__base_lr": 1e-7, "optimizer__num_epochs": 1}
+    options = {"dataset__batch_size": 8, "loss__args__momentum": 1.0, **sgd}
+    norms = []
+    for name, parts, start in (("whole", 1, ()), ("parts", 2, launcher)):
+        run(config(name, accumulate=parts, **options), launcher=(*start, file))
+        lines = (config.folder(name) / "metrics.jsonl").read_text().splitlines()
+        norms.append([json.loads(line)["grad_norm"] for line in lines])
+    assert len(norms[0]) == 2 and norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
@@ -138,6 +164,7 @@ def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
         ({}, ("--world-size", 2, "--rank", 1), "--dist-url"),
         ({}, ("--distributed", "--nproc", 3), "does not divide into 3 processes"),
         ({}, ("--distributed", "--dist-backend", "nccl"), "nccl"),
+        ({"dataset__train__video_only": True}, (), "video_only: true does not go with av_wrapper"),
         ({}, ("--world-size", 2, "--rank", 0, "--dist-url", "foo"), "--dist-url foo: no process group"),
     ],
 )

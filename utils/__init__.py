@@ -1,1 +1,1 @@
-"""What scripts, models, data sets and criterions share. Imports none of them."""
+"""What scripts, models, data sets and criterions share; and what measures and reports, which builds on them."""

@@ -8,8 +8,6 @@ Then the project's DataLoader runs an epoch with 1 and with N workers.
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -36,11 +34,12 @@ from datasets.video_dataset import (
     video_span,
 )
 from utils.benchmark_peers import installed
-from utils.benchmark_tools import table
+from utils.benchmark_tools import table, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import output_file, save_figure
+from utils.figures import save_figure
+from utils.processes import cores
 
 STAGES = ("open", "seek and decode", "convert", "resize", "audio", "collate")
 BATCH = 8
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--videos", type=at_least(1), default=32, metavar="N", help="at most so many; default: %(default)s"
     )
-    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="default: one a core")
+    parser.add_argument("--workers", type=at_least(1), default=cores(), metavar="N", help="default: one a core")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     parser.add_argument("--peers", action="store_true", help="torchcodec and decord too, where they are installed")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
@@ -110,9 +109,7 @@ def run(args: argparse.Namespace) -> None:
         "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
     )
     if args.json:
-        output_file(args.json).write_text(
-            json.dumps({"clips": rows, "skippable": skippable, "epochs": epochs}, indent=2)
-        )
+        write_json(args.json, {"clips": rows, "skippable": skippable, "epochs": epochs})
     if args.png:
         draw(rows, args.png)
 
@@ -322,7 +319,7 @@ def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, varian
         "variant": variant,
         "workers": len(memory),
         "clips_per_s": round(rate, 1),
-        "a_core": round(rate / min(len(memory), os.cpu_count()), 1),
+        "a_core": round(rate / min(len(memory), cores()), 1),
         "first_batch_s": round(first - started, 2),
         "worker_mb": round(max(memory)),
         "grown_mb": round(max(memory) - (halfway or max(memory))),
@@ -340,11 +337,9 @@ def private_memory(pid: int) -> float:
 
 def draw(rows: list[dict], file: str) -> None:
     """A bar a variant: where a clip's time goes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     names, left = [row["variant"] for row in rows], np.zeros(len(rows))
     for stage in STAGES:

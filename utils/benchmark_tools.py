@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from utils.figures import output_file, save_figure
+from utils.figures import save_figure
+from utils.files import write_whole
 
 Run = Callable[[], object]
 
@@ -241,4 +242,4 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
 
 def write_json(file: str | Path, report: dict) -> None:
     """The report as JSON; dataclasses as dicts."""
-    output_file(file).write_text(json.dumps(report, indent=1, default=asdict) + "\n")
+    write_whole(Path(file), json.dumps(report, indent=1, default=asdict) + "\n")

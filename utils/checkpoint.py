@@ -65,15 +65,18 @@ class RunCheckpoints:
         self._latest_damaged = False
 
     def latest(self) -> dict | None:
-        """The state to go on from; None for a new run, or one with `resume: false`.
+        """The state to go on from, or with `test_only` to measure; None for a new run, or one with `resume: false`.
 
         Raises:
-            UserError: it was made under another configuration or on other videos, or is damaged.
+            UserError: it was made under another configuration or on other videos, is damaged, or is to be measured and
+                is not there.
         """
-        if not self.config["resume"]:
+        if not (self.config["resume"] or self.config["test_only"]):
             return None
         found = load_latest(self.folder)
         if found is None:
+            if self.config["test_only"]:
+                raise UserError(f"{self.file}: no checkpoint to measure; train without test_only")
             return None
         state, path = found
         self._latest_damaged = path.name == PREVIOUS
@@ -134,8 +137,14 @@ class RunCheckpoints:
             path.unlink()
 
     def restore(self, state: Mapping, parts: Mapping[str, Any]) -> None:
-        """Load a state into the parts that made it, all names and shapes checked."""
+        """Load a state into the parts that made it, all names and shapes checked.
+
+        Raises:
+            UserError: it does not fit, or a part is missing.
+        """
         for name, part in parts.items():
+            if name not in state:
+                raise UserError(f"{self.folder / LATEST}: has no {name}; start anew with --set resume=false")
             if isinstance(part, nn.Module):
                 load_weights(part, state[name], f"{self.folder / LATEST} ({name})")
             else:

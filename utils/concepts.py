@@ -148,7 +148,6 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     A colour a method; solid for unseen and dashed for seen concepts; bars are one standard deviation over seeds. Dotted
     lines are chance. Solid and dashed are different classes, and different numbers of them: what compares is methods.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     benchmarks = sorted({(row["dataset"], row["benchmark"]) for row in rows})
@@ -156,7 +155,6 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     methods = sorted({row["method"] for row in rows} - {RANDOM})
     colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
     figure = Figure(figsize=(10.8, 4.1 * len(benchmarks)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False)
     for line, benchmark in zip(axes, benchmarks, strict=True):
         own = [row for row in rows if (row["dataset"], row["benchmark"]) == benchmark]

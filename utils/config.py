@@ -1,8 +1,9 @@
 """YAML configurations: read safely, checked key by key, completed with defaults.
 
 The table of keys below is the whole truth about a configuration: a key that is not in it is an error before any work,
-and every key in it is read somewhere (but for `use_augmentation` and `drop_last` of test splits: measuring never
-augments or drops). Files written for the thesis' code load unchanged.
+and every key in it is read somewhere, but for what the thesis' files say of test splits and measuring never does
+(`use_augmentation`, `drop_last`, `use_shuffle`, `video_only`, `return_labels`) and `mode`, which has one value in each
+place. Files written for the thesis' code load unchanged.
 """
 
 import copy
@@ -260,6 +261,11 @@ CLASSIFIER_ARGS = {
     },
 }
 
+ONLY = {  # keys of an evaluation that one kind of it alone heeds, and what they are when left out
+    "MOSTWrapper": {"feature_views": 0, "encoder_bn": "eval", "optimizer.other_lrs": []},
+    "ClassificationWrapper": {"optimizer.warmup_classifier": False, "optimizer.warmup_epochs": 5},
+}
+
 EVALUATION = {
     **{
         key: PRETRAINING[key]
@@ -328,6 +334,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
         raise UserError(f"{path}: {has}, which marks an evaluation; expected the YAML of {wanted}")
     cfg = _check_section(raw, table, "", str(path))
     _check_sizes(cfg["dataset"], str(path))
+    if found == "evaluation":
+        _check_heeded(cfg, str(path))
     return cfg
 
 
@@ -345,6 +353,20 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key {key.value} comes twice, in lines {first} and {line}; keep one")
             lines[key.value] = key.start_mark.line + 1
         return node
+
+
+def _check_heeded(cfg: Mapping, file: str) -> None:
+    """Keys that this kind of evaluation would not heed must be as if they were left out."""
+    dataset, classifier, flat = cfg["dataset"], cfg["model"]["name"], flatten(cfg)
+    for kind, keys in ONLY.items():
+        for key, default in keys.items():
+            if kind != classifier and flat[key] != default:
+                raise UserError(f"{file}: {key}: {flat[key]} is for {kind}, not for {classifier}; leave it out")
+    if dataset["test_dense"]["split"] != dataset["test"]["split"]:
+        raise UserError(
+            f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests are on the videos of "
+            f"dataset.test.split, {dataset['test']['split']}"
+        )
 
 
 def _check_sizes(data: Mapping, file: str) -> None:

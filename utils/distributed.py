@@ -1,7 +1,7 @@
 """Process groups: how a run's processes find each other, and helpers that also work where there is only one.
 
-`rank()`, `world_size()`, `is_main()`, `gather()` and their like never ask whether a process group exists: without one
-they answer for a single process.
+Callers of `rank()`, `world_size()`, `is_main()`, `gather()` and their like need not ask whether a process group exists:
+without one these answer for a single process.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.compiling import compiles
 from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
 from utils.memory import default_device
+from utils.processes import cores
 
 log = logging.getLogger("avssrl")
 
@@ -237,7 +238,14 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         return Processes(int(env["WORLD_SIZE"]), int(env["RANK"]), None, int(env["LOCAL_RANK"]), "env://", backend)
     if not many:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-        return _plan_slurm(tasks, options.dist_url, backend) if tasks > 1 and "SLURM_PROCID" in env else None
+        if tasks > 1 and "SLURM_PROCID" in env:
+            return _plan_slurm(tasks, options.dist_url, backend)
+        for name in ("nproc", "rank", "dist_url"):
+            if (value := getattr(options, name)) and nodes is None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: is for several processes; add --distributed or --world-size N"
+                )
+        return None
     nodes = nodes or 1
     rank_here = 0 if options.rank is None and nodes == 1 else options.rank
     if rank_here is None or not 0 <= rank_here < nodes:
@@ -381,7 +389,7 @@ def _pass_on(number: int, context: mp.ProcessContext) -> None:
 
 def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, messages: mp.SimpleQueue) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local))
+        torch.set_num_threads(max(1, cores() // plan.local))
     try:
         _run_one(plan, plan.first_rank + local_rank, local_rank, worker, args)
     except (UserError, RunFailed, Preempted) as error:

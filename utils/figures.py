@@ -1,4 +1,4 @@
-"""Where reports and benchmarks leave what they show."""
+"""Where reports and benchmarks leave their pictures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,20 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def output_file(file: str | Path) -> Path:
-    """The path of a file that is to be written, its folder made.
+def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
+    """Save a picture, its folder made.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: it cannot be written, or its ending names no format that there is.
     """
-    file = Path(file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{file}: its folder cannot be made: {error}") from None
-    return file
-
-
-def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
-    """Save a picture, its folder made."""
-    figure.savefig(output_file(file), dpi=dpi)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=dpi)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: could not be drawn: {' '.join(str(error).split())}") from None

@@ -241,14 +241,19 @@ class TrainingLog:
         """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on); no loss if all were left out."""
         steps_left = (self.num_epochs - epoch) * self.steps - steps_done
         left = duration(steps_left * self.batch_size / max(figures["clips_per_s"], 1e-9))
-        forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
-        shown = [f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items() if name != "grad_norm"]
+        shown = in_words({name: value for name, value in figures.items() if name != "grad_norm"})
         place = f"epoch {epoch + 1}/{self.num_epochs} step {steps_done}/{self.steps}"
-        log.info("%s | %s left | %s", place, left, " | ".join(shown))
+        log.info("%s | %s left | %s", place, left, shown)
         figures = {"epoch": epoch, **figures, "memory_gb": memory_gb()}
         self.writer.write("train", epoch * self.steps + steps_done, figures)
         if "loss" in figures and (warning := collapse_warning(figures)) is not None:
             log.warning("%s", warning)
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """Figures in a line: `loss 1.234, lr 0.001, clips_per_s 25.1`."""
+    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
+    return ", ".join(f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items())
 
 
 def percentages(figures: Mapping[str, float]) -> str:

@@ -35,7 +35,8 @@ from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import output_file, save_figure
+from utils.figures import save_figure
+from utils.files import write_whole
 from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
@@ -89,7 +90,7 @@ def report_results(folder: str, form: str, out: str | None) -> None:
     if out is None:
         print(table, end="")
     else:
-        output_file(out).write_text(table)
+        write_whole(Path(out), table)
 
 
 def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:

@@ -85,14 +85,12 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
 
     Its size grows with the number of classes, so that the names of 101 can be read.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count = len(classes)
     percent = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     side = max(4.0, 0.19 * count + 2.5)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(count), classes, rotation=90, fontsize=8)

@@ -140,7 +140,6 @@ def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | 
     A dot is a video, or its sound: the mean of its windows' unit embeddings. Beyond 20 classes only the 20 with the
     most videos have colours of their own; the others are grey.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -149,7 +148,6 @@ def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | 
     names, counts = np.unique(labels[labels >= 0], return_counts=True)
     coloured = names[np.argsort(-counts, kind="stable")][:20]
     figure = Figure(figsize=(11, 10), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     for row, kind in zip(axes, ("video", "audio"), strict=True):
         points = torch.nn.functional.normalize(embeddings[kind], dim=2).mean(1).numpy()

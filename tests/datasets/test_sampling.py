@@ -46,6 +46,14 @@ def test_two_clips_are_2_to_8_seconds_apart_where_they_can_be():
     assert sampling.two_apart((1.0, 1.5), 1.0, rng) == (1.0, 1.0)
 
 
+def test_aspect_ratios_of_crops_are_log_uniform():
+    rng = np.random.default_rng(0)
+    boxes = np.array([sampling.random_resized_crop(4000, 4000, (0.1, 0.2), (1 / 2, 4), rng) for _ in range(4000)])
+    logs = np.log2(boxes[:, 3] / boxes[:, 2])
+    counts = np.histogram(logs, bins=6, range=(-1, 2))[0]
+    assert counts.sum() == 4000 and (abs(counts - 4000 / 6) < 4 * np.sqrt(4000 / 6)).all()
+
+
 def test_random_resized_crops_fit_and_reach_both_ends_of_the_area():
     rng = np.random.default_rng(0)
     boxes = np.array([sampling.random_resized_crop(90, 160, (0.08, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3000)])

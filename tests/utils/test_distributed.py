@@ -106,6 +106,9 @@ def test_seeds_that_are_none(seed, capsys):
         (("--world-size", "2", "--rank", "0"), "--dist-url"),
         (("--dist-backend", "nccl"), "needs GPUs"),
         (("--distributed", "--gpu", "1"), "--gpu 1"),
+        (("--nproc", "3"), "--nproc 3: is for several processes; add --distributed"),
+        (("--rank", "7"), "--rank 7: is for several processes"),
+        (("--dist-url", "tcp://a:1"), "--dist-url tcp://a:1: is for several processes"),
     ],
 )
 def test_options_that_do_not_fit(words, message):

@@ -1,16 +1,19 @@
 """utils.logger and utils.bad_videos: what a run's files keep."""
 
 import math
+import re
 import resource
 from unittest.mock import Mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
-from utils.figures import output_file
-from utils.logger import MetricsWriter, TrainingLog, read_metrics
+from utils.figures import save_figure
+from utils.files import write_whole
+from utils.logger import MetricsWriter, TrainingLog, log, read_metrics
 from utils.metrics import Averages
 from utils.stopping import NonFiniteGuard
 
@@ -73,6 +76,27 @@ def test_averages_forget_what_is_taken_back():
     assert averages.read() == {}
 
 
+@pytest.mark.parametrize(
+    ("pos_cos", "neg_cos", "spread", "words"),
+    [
+        (0.5, 0.0, 0.5, None),
+        (0.5, 0.0, 0.09, "their spread is 0.09"),
+        (0.97, 0.96, 0.5, r"\+0.97 and \+0.96"),
+        (-1.0, -1.0, 0.5, "-1.00 and -1.00"),
+        (0.99, 0.1, 0.5, None),
+    ],
+)
+def test_a_collapse_is_told_in_words(tmp_path, caplog, pos_cos, neg_cos, spread, words):
+    figures = {"pos_cos": pos_cos, "neg_cos": neg_cos, "video_spread": 0.9, "audio_spread": spread}
+    writer = MetricsWriter(tmp_path)
+    log.propagate = True
+    with caplog.at_level("WARNING", "avssrl"):
+        TrainingLog(writer, 2, 10, 4).report(0, 5, {"loss": 0.1, "clips_per_s": 3.0, **figures})
+    writer.close()
+    assert bool(caplog.records) == (words is not None)
+    assert words is None or re.search(words, caplog.text)
+
+
 def test_a_stretch_whose_steps_were_all_left_out_is_told_without_a_loss(tmp_path):
     writer = MetricsWriter(tmp_path)
     TrainingLog(writer, 2, 10, 4).report(0, 5, {"lr": 0.1, "clips_per_s": 3.0})
@@ -91,7 +115,10 @@ def test_a_diagnosis_that_cannot_be_written_hides_no_failure(tmp_path):
 
 
 def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
-    output_file(tmp_path / "new/deeper/table.csv").write_text("a,b\n")
+    write_whole(tmp_path / "new/deeper/table.csv", "a,b\n")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="its folder cannot be made"):
-        output_file(tmp_path / "file/table.csv")
+    with pytest.raises(UserError, match="file/table.csv: could not be written"):
+        write_whole(tmp_path / "file/table.csv", "")
+    for name in ("file/picture.png", "picture.xyz"):
+        with pytest.raises(UserError, match=f"{name}: could not be drawn"):
+            save_figure(Figure(), tmp_path / name)

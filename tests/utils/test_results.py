@@ -96,8 +96,9 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
     )
     table = list(csv.DictReader(io.StringIO(results.summary(rows, "csv"))))
     assert [row["thesis top-1"] for row in table] == ["", "", "51.20"] and table[2]["folds"] == "3"
-    random = {**rows[2], "benchmark": "ucf101-linear-8at16-random"}
-    assert results.thesis_figures(random) is None
+    assert results.thesis_figures(rows[2]) == (51.20, 80.91)
+    for other in ({"benchmark": "ucf101-linear-8at16-random"}, {"variant": "few-shot-0.1"}, {"part": "unseen"}):
+        assert results.thesis_figures(rows[2] | other) is None
     command = [sys.executable, "-m", "utils.report", str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPO, env=tiny.ENV)
     assert printed.stdout == text

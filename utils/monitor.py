@@ -1,0 +1,44 @@
+"""Watching a pre-training learn: held-out retrieval and nearest neighbours, measured inside the run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from datasets import build_held_out
+from utils.distributed import is_main
+from utils.logger import MetricsWriter, log, percentages
+from utils.precision import Precision
+from utils.retrieval import embed, held_out_figures
+
+
+class Monitor:
+    """Measures a run on its held-out videos (`held_out_figures`), by rank 0, while the other ranks go on or wait.
+
+    Args:
+        cfg: the run's configuration; `monitor_every` says after how many epochs it is measured, 0: never.
+        model, prepare: as `embed` takes them.
+        precision: the run's, for the forward passes.
+    """
+
+    def __init__(
+        self, cfg: dict, model: nn.Module, prepare: Callable, precision: Precision, device: torch.device
+    ) -> None:
+        self.cfg, self.model, self.prepare = cfg, model, prepare
+        self.precision, self.device = precision, device
+
+    def measure(self, epoch: int) -> dict[str, float]:
+        """The figures after so many epochs, in percent, told in the log; empty on other ranks than 0."""
+        if not is_main():
+            return {}
+        with self.precision.autocast():
+            figures = held_out_figures(embed(self.model, build_held_out(self.cfg, self.device), self.prepare))
+        log.info("held out, after %d epochs: %s", epoch, percentages(figures))
+        return figures
+
+    def record(self, writer: MetricsWriter, epoch: int, step: int) -> None:
+        """Measure after so many epochs, which are `step` steps of the run, if it is due and the metrics lack it."""
+        every = self.cfg["monitor_every"]
+        due = every and (epoch % every == 0 or epoch == self.cfg["optimizer"]["num_epochs"])
+        if due and not writer.wrote("retrieval", step):
+            writer.write("retrieval", step, {"epoch": epoch, **self.measure(epoch)})
