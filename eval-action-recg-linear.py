@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import build_fresh_clips, build_video_clips, training_batches
+from datasets import build_fold, build_fresh_clips, build_video_clips, training_batches
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import ClipRecipe, VideoList, epoch_order
 from models import build_model
-from models.classifiers import FeatureExtractor
+from models.classifiers import FeatureExtractor, build_pooling
 from models.linear_probe import LinearProbe, mean_losses
 from utils import evaluation
 from utils.cli import evaluation_parser, run_script
@@ -33,7 +33,7 @@ from utils.distributed import gather_objects, is_main, launch
 from utils.errors import UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
-from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run, write_config
+from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run
 from utils.optim import learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
@@ -44,6 +44,8 @@ def main() -> None:
     cfg, model_cfg = evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py")
     if cfg["encoder_bn"] == "train" and cfg["feature_views"]:
         raise UserError("encoder_bn: train: the encoder then changes with every step, which needs feature_views: 0")
+    for pooling in cfg["model"]["args"]["pooling_ops"]:
+        build_pooling(pooling)  # a bad one ends it before any work
     launch(evaluate, args, args, cfg, model_cfg)
 
 
@@ -60,7 +62,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    data = evaluation.load_data(args, cfg, fold)
+    data = build_fold(cfg, fold, args.few_shot_ratio, args.use_rest_classes, args.allow_missing)
+    for part in data.parts:
+        log.info("%s", part)
 
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
@@ -78,7 +82,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
-    write_config(folder, {"evaluation": cfg, "pretraining": model_cfg})
+    evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
 
     stage("Features")
     num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import build_fresh_clips, build_video_clips
+from datasets import build_fold, build_fresh_clips, build_video_clips
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import VideoList
 from models import build_model
-from models.classifiers import ClassificationWrapper
+from models.classifiers import ClassificationWrapper, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.distributed import gather_objects, is_main, launch, world_size, wrap
@@ -38,7 +38,6 @@ from utils.logger import (
     parameter_summary,
     stage,
     start_run,
-    write_config,
 )
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
@@ -50,6 +49,7 @@ from utils.sync_bn import count_rank, share_bn
 def main() -> None:
     args = evaluation_parser(__doc__).parse_args()
     cfg, model_cfg = evaluation.load_evaluation(args, "ClassificationWrapper", "eval-action-recg-linear.py")
+    build_pooling(cfg["model"]["args"]["pooling_op"])  # a bad one ends it before any work
     launch(evaluate, args, args, cfg, model_cfg)
 
 
@@ -66,7 +66,9 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    data = evaluation.load_data(args, cfg, fold)
+    data = build_fold(cfg, fold, args.few_shot_ratio, args.use_rest_classes, args.allow_missing)
+    for part in data.parts:
+        log.info("%s", part)
 
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
@@ -78,7 +80,7 @@ def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, mod
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
-    write_config(folder, {"evaluation": cfg, "pretraining": model_cfg})
+    evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing), {}
     writer = MetricsWriter(folder, None if states else 0)
     for part in data.parts:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 
 from criterions import build_criterion
-from datasets import build_training
+from datasets import build_held_out, build_training
 from datasets.preprocessing import BatchPrep
 from datasets.statistics import audio_statistics
 from models import build_model
@@ -107,7 +107,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
-    monitor = Monitor(cfg, model, prepare, precision, device)
+    monitor = Monitor(cfg, model, prepare, lambda: build_held_out(cfg, device), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return
@@ -121,7 +121,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
     if start_step == 0:
         monitor.record(writer, start_epoch, start_epoch * batches.steps)
-    averages, clock = Averages(), StepClock()
+    averages, clock = Averages(), StepClock(compiles(cfg["compile"], device))
     for epoch in range(start_epoch, num_epochs):
         model.train()
         batches.start_at(epoch, start_step)

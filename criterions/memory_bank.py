@@ -122,8 +122,8 @@ class MemoryBank(nn.Module):
     def update(self, index: torch.Tensor, video_emb: torch.Tensor, audio_emb: torch.Tensor, momentum: float) -> None:
         """Rows `index` (N,) of all ranks become normalise(momentum * old + (1 - momentum) * new), new the unit (N, D).
 
-        Where an instance comes more than once, its new vectors are averaged first. A row whose new vector is not finite
-        stays as it is. Free of host syncs.
+        Where an instance comes more than once, its new vectors are averaged first. A row stays as it is where the new
+        vector is not finite, or cancels it out. Free of host syncs.
         """
         index = gather(index)
         place, owned = self._places(index)
@@ -136,7 +136,7 @@ class MemoryBank(nn.Module):
             old = rows[place].to(torch.promote_types(rows.dtype, torch.float32))
             new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(old.dtype)
             mixed = F.normalize(momentum * old + (1 - momentum) * new, dim=1)
-            good = mixed.isfinite().all(dim=1, keepdim=True) & owned[:, None]
+            good = mixed.isfinite().all(dim=1, keepdim=True) & mixed.any(dim=1, keepdim=True) & owned[:, None]
             rows.index_copy_(0, place[writer], torch.where(good, mixed, old)[writer].to(rows.dtype))
 
     def get_extra_state(self) -> torch.Tensor:

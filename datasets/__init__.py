@@ -1,6 +1,7 @@
 """Videos on disk -> batches. `build_videos` lists them, `ClipRecipe` and the data sets of `video_dataset` cut them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from datasets import folder, hmdb, ucf, vggsound
+from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
 from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos
 from datasets.video_dataset import (
     ClipRecipe,
@@ -101,13 +103,45 @@ def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_V
 
 
 def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str]]:
-    """The labelled videos of an evaluation's `train`, `test` or `test_dense`, and the names of those that are missing.
+    """The labelled videos of an evaluation's `train` or `test`, and the names of those that are missing.
 
     Raises:
         UserError: the data are not there; or videos are missing and that is not allowed.
     """
     dataset = {**cfg["dataset"], "fold": fold}
     return present_videos(build_videos(dataset, dataset[part]["split"]), allow_missing)
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """The videos of one fold. `chosen` are the rows of `train` to train on, `missing` the names of absent files."""
+
+    train: VideoList
+    test: VideoList
+    chosen: np.ndarray
+    parts: list[Part]
+    missing: list[str]
+
+
+def build_fold(
+    cfg: dict, fold: int, few_shot_ratio: float | None, use_rest_classes: bool, allow_missing: bool
+) -> FoldData:
+    """The videos of one fold of an evaluation, and the parts that get a classifier each.
+
+    Raises:
+        UserError: bad lists, files that are missing and may not be, or another number of classes than the YAML's.
+    """
+    train, missing = build_labelled(cfg, "train", fold, allow_missing)
+    test, missing_test = build_labelled(cfg, "test", fold, allow_missing)
+    asked = cfg["model"]["args"]["n_classes"]
+    if asked not in (None, len(train.classes)):
+        raise UserError(
+            f"model.args.n_classes: {asked}, but the data have {len(train.classes)} classes; "
+            f"leave it out, or --set model.args.n_classes={len(train.classes)}"
+        )
+    chosen = few_shot_rows(train, few_shot_ratio, cfg["few_shot_seed"])
+    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if use_rest_classes else None)
+    return FoldData(train, test, chosen, parts, sorted({*missing, *missing_test}))
 
 
 def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> DataLoader:
@@ -150,6 +184,8 @@ def _workers(cfg: dict) -> int:
 
 
 __all__ = [
+    "FoldData",
+    "build_fold",
     "build_fresh_clips",
     "build_held_out",
     "build_labelled",

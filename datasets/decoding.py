@@ -2,7 +2,8 @@
 
 Times are seconds on the file's own time stamps (`pts * time_base`, the start time not subtracted). Whatever the file,
 a clip equals the one cut from a decode of the whole file: a seek that lands too late is repeated from further back, at
-last from the first packet, and choices are made on the decoder's output times, never by counting frames.
+last from the first packet, and choices are made on the decoder's output times, never by counting frames. (But for AAC
+with noise substitution: which noise stands for the high frequencies hangs on where decoding began.)
 
 What happens at the borders:
 

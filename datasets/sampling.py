@@ -39,7 +39,8 @@ def audio_visual(
     """
     audio_start = anywhere(overlap(video, audio), audio_seconds, rng)
     window = overlap((audio_start - 0.5, audio_start + audio_seconds + 0.5), video)
-    return anywhere(window, video_seconds, rng), audio_start
+    start, latest = anywhere(window, video_seconds, rng), max(video[0], video[1] - video_seconds)
+    return min(max(start, video[0]), latest), audio_start
 
 
 def audio_visual_evenly(

@@ -148,6 +148,11 @@ def test_resume_and_test_only(cfgs, tmp_path):
     assert evaluate(tmp_path, *base, "--test-only")["results"] == whole["results"]
     written = next(tmp_path.glob("runs/**/config.yaml"))
     accepted = written.read_text()
+    assert (written.parent / "confusion-pool.png").exists()
+    fail(*base, "--set", "model.args.feat_dims=[256]")  # noticed in the first forward pass: a new training had begun
+    assert not (written.parent / "results.json").exists() and not (written.parent / "confusion-pool.png").exists()
+    assert evaluate(tmp_path, *base)["results"] == whole["results"]
+    assert written.read_text() == accepted
     assert "optimizer.lr.base_lr 0.01, now 0.5" in fail(*base, "--resume", "--set", "optimizer.lr.base_lr=0.5")
     assert written.read_text() == accepted
     assert "was trained with encoder" in fail(
@@ -226,6 +231,9 @@ def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
         (("--few-shot-ratio", "1.5"), ("--few-shot-ratio 1.5", "at most 1")),
         (("--set", "model.args.feat_names=[pol]"), ("'pol'", "conv5x", "pool")),
         (("--set", "model.args.feat_dims=[511]"), ("512", "511")),
+        (("--set", "model.args.feat_dims=[0]"), ("feat_dims", "each above 0")),
+        (("--set", "model.args.feat_names=[]"), ("feat_names", "one or more of conv1")),
+        (("--set", "optimizer.lr.milestones=[-5, 30]"), ("milestones", "each above 0")),
         (("--set", "model.args.pooling_ops=[__import__('os').system('true')]"), ("AdaptiveMaxPool3d",)),
         (("--set", "model.name=ClassificationWrapper", "--set", "model.args={}"), ("eval-action-recg.py",)),
         (("--set", "dataset.fold=2"), ("trainlist02.txt", "no such list")),

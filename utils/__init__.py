@@ -1,1 +1,1 @@
-"""What scripts, models, data sets and criterions share; and what measures and reports, which builds on them."""
+"""What scripts, models, data sets and criterions share. Of what is here only commands, which measure, import them."""

@@ -79,6 +79,11 @@ class RunCheckpoints:
                 raise UserError(f"{self.file}: no checkpoint to measure; train without test_only")
             return None
         state, path = found
+        if "videos" not in state:
+            raise UserError(
+                f"{path}: holds weights, not a run of these scripts to go on with; start from them by "
+                f"model.args.checkpoint={path} in a run of another model.name"
+            )
         self._latest_damaged = path.name == PREVIOUS
         changes = _changes(state.get("config", {}), self.config)
         if changes:
@@ -86,9 +91,9 @@ class RunCheckpoints:
                 f"{path}: was made under another configuration ({_few(changes)}); go back to that one, or give "
                 "the run another model.name, or start it anew with --set resume=false"
             )
-        if state.get("videos") != self.videos:
+        if state["videos"] != self.videos:
             raise UserError(
-                f"{path}: was trained on list {state.get('videos')} of videos, and the one found now is {self.videos}: "
+                f"{path}: was trained on list {state['videos']} of videos, and the one found now is {self.videos}: "
                 "files were added, removed or renamed, and the memory bank would not fit; restore them, or give the "
                 "run another model.name"
             )
@@ -377,7 +382,7 @@ def _shape(value: object) -> tuple | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _few(names: list[str], most: int = 6) -> str:
+def _few(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -65,10 +65,6 @@ def _one_of(*choices: Any, default: Any = REQUIRED, nullable: bool = False) -> K
     return Key(type(choices[0]), default, choices=choices, nullable=nullable)
 
 
-def _list(items: type, default: Any = REQUIRED) -> Key:
-    return Key(list, default, items=items)
-
-
 def _widths() -> Key:
     return Key(list, items=int, check=lambda v: v and min(v) > 0, allowed="one or more, each above 0")
 
@@ -151,7 +147,7 @@ OPTIMIZER = {
         "name": _one_of("multistep", "cosine", default="multistep"),
         "base_lr": _positive(float),
         "gamma": _positive(float, 1.0),
-        "milestones": _list(int, []),
+        "milestones": Key(list, [], items=int, check=lambda v: all(x > 0 for x in v), allowed="each above 0"),
         "warmup_epochs": _at_least_0(float, 0.0),
     },
 }
@@ -239,6 +235,7 @@ EVALUATION_SPLIT = {
 }
 _VIDEO_MODE = {**EVALUATION_SPLIT, "mode": _one_of("video", default="video"), "clips_per_video": _positive(int, 10)}
 
+FEATURES = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x", "pool")  # of R2Plus1d
 _HEAD_ARGS = {
     "n_classes": _positive(int, None, nullable=True),  # null: as the data
     "use_dropout": _flag(False),
@@ -247,15 +244,20 @@ _HEAD_ARGS = {
 CLASSIFIER_ARGS = {
     "MOSTWrapper": {  # linear: one classifier a feature, each list one value a feature or one for all
         **_HEAD_ARGS,
-        "feat_names": _list(str),
+        "feat_names": Key(
+            list,
+            items=str,
+            check=lambda v: v and set(v) <= set(FEATURES),
+            allowed=f"one or more of {' '.join(FEATURES)}",
+        ),
         "pooling_ops": Key(list, [None], items=str, null_items=True, lift=True),
-        "feat_dims": Key(list, items=int, lift=True),
+        "feat_dims": Key(list, items=int, lift=True, check=lambda v: v and min(v) > 0, allowed="each above 0"),
         "use_bn": Key(list, [False], items=bool, lift=True),
         "l2_norm": Key(list, [False], items=bool, lift=True, null_items=True),
     },
     "ClassificationWrapper": {  # fine-tuning
         **_HEAD_ARGS,
-        "feat_name": _text("pool"),
+        "feat_name": _one_of(*FEATURES, default="pool"),
         "pooling_op": _text(None, nullable=True),
         "feat_dim": _positive(int, 512),
     },
@@ -362,7 +364,8 @@ def _check_heeded(cfg: Mapping, file: str) -> None:
         for key, default in keys.items():
             if kind != classifier and flat[key] != default:
                 raise UserError(f"{file}: {key}: {flat[key]} is for {kind}, not for {classifier}; leave it out")
-    if dataset["test_dense"]["split"] != dataset["test"]["split"]:
+    splits = {dataset[part]["split"].replace("{fold:02d}", f"{dataset['fold']:02d}") for part in ("test", "test_dense")}
+    if len(splits) > 1:
         raise UserError(
             f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests are on the videos of "
             f"dataset.test.split, {dataset['test']['split']}"

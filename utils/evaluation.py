@@ -3,21 +3,15 @@
 import argparse
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
-from datasets import build_labelled
-from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
-from datasets.video_dataset import VideoList
 from utils import checkpoint
 from utils.config import flatten, load_config
 from utils.distributed import is_main
 from utils.errors import UserError
-from utils.logger import provenance
+from utils.logger import provenance, write_config
 
 log = logging.getLogger("avssrl")
 
@@ -46,33 +40,6 @@ def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str
     cfg["resume"] |= args.resume
     cfg["test_only"] |= args.test_only
     return cfg, model_cfg
-
-
-@dataclass(frozen=True)
-class FoldData:
-    """The videos of one fold. `chosen` are the rows of `train` to train on, `missing` the names of absent files."""
-
-    train: VideoList
-    test: VideoList
-    chosen: np.ndarray
-    parts: list[Part]
-    missing: list[str]
-
-
-def load_data(args: argparse.Namespace, cfg: dict, fold: int) -> FoldData:
-    """The videos of one fold, and the parts that the command line asks for.
-
-    Raises:
-        UserError: bad lists, files that are missing and may not be, or another number of classes than the YAML's.
-    """
-    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
-    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
-    check_class_count(cfg, train.classes)
-    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
-    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
-    for part in parts:
-        log.info("%s", part)
-    return FoldData(train, test, chosen, parts, sorted({*missing, *missing_test}))
 
 
 def folds(cfg: dict) -> list[int]:
@@ -134,16 +101,6 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
     weights, words = checkpoint.recognise(state, str(path))
     checkpoint.load_weights(encoder, checkpoint.part_of(weights, "video_model"), f"{path} (video_model)")
     return f"{words}, {path}"
-
-
-def check_class_count(cfg: dict, classes: Sequence[str]) -> None:
-    """Raise UserError, with both numbers, where the YAML's number of classes is not that of the data."""
-    asked = cfg["model"]["args"]["n_classes"]
-    if asked not in (None, len(classes)):
-        raise UserError(
-            f"model.args.n_classes: {asked}, but the data have {len(classes)} classes; "
-            f"leave it out, or --set model.args.n_classes={len(classes)}"
-        )
 
 
 class Failures:
@@ -263,6 +220,19 @@ class StoredClassifier:
             state = {**self.prints, "parts": self._parts}
             checkpoint.save(self.folder, state, latest_damaged=self._latest_damaged)
             self._latest_damaged = False
+
+
+def begin_fold(folder: Path, config: dict, anew: bool) -> None:
+    """Rank 0 writes config.yaml, and for a training from the start (`anew`) drops the results of an earlier one.
+
+    Not for a mere test, which leaves the training's configuration as it is.
+    """
+    if anew and is_main():
+        for pattern in ("results.json", "per-class-*.csv", "confusion-*.png"):
+            for file in folder.glob(pattern):
+                file.unlink()
+    if not config["evaluation"]["test_only"]:
+        write_config(folder, config)
 
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:

@@ -1,11 +1,9 @@
 """Watching a pre-training learn: held-out retrieval and nearest neighbours, measured inside the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import nn
 
-from datasets import build_held_out
 from utils.distributed import is_main
 from utils.logger import MetricsWriter, log, percentages
 from utils.precision import Precision
@@ -18,21 +16,27 @@ class Monitor:
     Args:
         cfg: the run's configuration; `monitor_every` says after how many epochs it is measured, 0: never.
         model, prepare: as `embed` takes them.
+        held_out: makes the loader of the held-out videos.
         precision: the run's, for the forward passes.
     """
 
     def __init__(
-        self, cfg: dict, model: nn.Module, prepare: Callable, precision: Precision, device: torch.device
+        self,
+        cfg: dict,
+        model: nn.Module,
+        prepare: Callable,
+        held_out: Callable[[], Iterable[dict]],
+        precision: Precision,
     ) -> None:
         self.cfg, self.model, self.prepare = cfg, model, prepare
-        self.precision, self.device = precision, device
+        self.held_out, self.precision = held_out, precision
 
     def measure(self, epoch: int) -> dict[str, float]:
         """The figures after so many epochs, in percent, told in the log; empty on other ranks than 0."""
         if not is_main():
             return {}
         with self.precision.autocast():
-            figures = held_out_figures(embed(self.model, build_held_out(self.cfg, self.device), self.prepare))
+            figures = held_out_figures(embed(self.model, self.held_out(), self.prepare))
         log.info("held out, after %d epochs: %s", epoch, percentages(figures))
         return figures
 

@@ -140,6 +140,13 @@ def test_update_mixes_old_and_new_and_leaves_the_other_rows():
         assert torch.equal(bank.rows(name)[untouched], before[name][untouched])
 
 
+def test_a_row_that_its_new_vector_cancels_out_stays():
+    bank = MemoryBank(4, 3)
+    old = bank.view1_mem.clone()
+    bank.update(torch.tensor([2]), -old[[2]], old[[1]], 0.5)
+    assert torch.equal(bank.view1_mem, old)
+
+
 def test_update_averages_duplicates_whatever_their_order():
     index = torch.tensor([2, 5, 2, 2, 8, 5])
     video, audio = unit(6, 7, seed=1), unit(6, 7, seed=2)

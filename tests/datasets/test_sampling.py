@@ -46,6 +46,14 @@ def test_two_clips_are_2_to_8_seconds_apart_where_they_can_be():
     assert sampling.two_apart((1.0, 1.5), 1.0, rng) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("audio", [(9.5, 15.0), (12.0, 15.0), (-5.0, -2.0), (0.0, 10.0)])
+def test_a_video_clip_lies_inside_the_video(audio):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        start, _ = sampling.audio_visual((0.0, 10.0), audio, 1.0, 2.0, rng)
+        assert 0.0 <= start <= 9.0
+
+
 def test_aspect_ratios_of_crops_are_log_uniform():
     rng = np.random.default_rng(0)
     boxes = np.array([sampling.random_resized_crop(4000, 4000, (0.1, 0.2), (1 / 2, 4), rng) for _ in range(4000)])

@@ -74,6 +74,17 @@ def test_a_damaged_latest_one_does_not_take_the_place_of_the_good_one(tmp_path):
         assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["epoch"] == before
 
 
+def test_foreign_weights_are_nothing_to_go_on_with(tmp_path):
+    checkpoint.save(tmp_path, state(100))  # as the thesis' file, put where the evaluations look for it
+    with pytest.raises(UserError, match="holds weights, not a run .* model.args.checkpoint="):
+        run_checkpoints(tmp_path).latest()
+
+
+def test_a_part_that_a_checkpoint_lacks_is_named(tmp_path):
+    with pytest.raises(UserError, match="has no guard"):
+        run_checkpoints(tmp_path).restore({"epoch": 1}, {"guard": nn.Linear(1, 1)})
+
+
 def run_checkpoints(folder, **changes):
     optimizer = {"num_epochs": 5, "lr": {"milestones": [2]}}
     cfg = {"test_freq": 3, "keep_last": 0, "save_every_minutes": 60, "resume": True, "optimizer": optimizer, **changes}
