@@ -1,8 +1,7 @@
 """Losses of the pre-training methods. `build_criterion` makes one from the YAML's `loss` part."""
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from criterions.rince import RINCE
 from criterions.vicreg import VICLoss
 from criterions.xid import q_schedule, xID
-from utils.errors import UserError
+from utils.errors import UserError, allowed
 
 __all__ = ["CRITERIONS", "RINCE", "VICLoss", "build_criterion", "q_schedule", "xID"]
 
@@ -42,7 +41,7 @@ def build_criterion(
     """
     name = cfg.get("name")
     if name not in CRITERIONS:
-        raise UserError(f"loss.name: unknown {name!r}; {_allowed(name, CRITERIONS)}")
+        raise UserError(f"loss.name: unknown {name!r}; {allowed(name, CRITERIONS)}")
     args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
     if name == "xID":
         sizes = {"num_instances": num_instances, "embedding_dim": embedding_dim}
@@ -51,14 +50,8 @@ def build_criterion(
     known = inspect.signature(CRITERIONS[name]).parameters
     for key in args:
         if key not in known:
-            raise UserError(f"loss.args.{key}: unknown key for {name}; {_allowed(key, known)}")
+            raise UserError(f"loss.args.{key}: unknown key for {name}; {allowed(key, known)}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and args.get(key) is None:
             raise UserError(f"loss.args.{key}: missing, {name} needs a number; add it to the YAML")
     return CRITERIONS[name](**args).to(device or "cpu")
-
-
-def _allowed(name: object, options: Iterable[str]) -> str:
-    options = list(options)
-    nearest = difflib.get_close_matches(str(name), options, n=1)
-    return f"use {', '.join(options)}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

@@ -222,8 +222,8 @@ class EvenClips(Dataset):
     `index` and `failures`.
     """
 
-    def __init__(self, videos: VideoList, recipe: ClipRecipe, windows: int, sound: bool = True) -> None:
-        self.videos, self.recipe, self.windows, self.sound = videos, recipe, windows, sound
+    def __init__(self, videos: VideoList, recipe: ClipRecipe, windows: int) -> None:
+        self.videos, self.recipe, self.windows = videos, recipe, windows
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -238,14 +238,10 @@ class EvenClips(Dataset):
         recipe = self.recipe
         sample = {"index": index, "label": int(self.videos.labels[index])}
         with VideoFile(self.videos.path(index)) as file:
-            if self.sound:
-                spans = video_span(file), audio_span(file)
-                starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
-                sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
-                video_starts = [video for video, _ in starts]
-            else:
-                video_starts = sampling.evenly(video_span(file), recipe.video_seconds, self.windows)
-            sample["frames"] = torch.stack([read_frames(file, start, recipe) for start in video_starts])
+            spans = video_span(file), audio_span(file)
+            starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
+            sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
+            sample["frames"] = torch.stack([read_frames(file, video, recipe) for video, _ in starts])
         return sample
 
 

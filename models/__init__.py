@@ -1,8 +1,7 @@
 """Networks: backbones, heads and the wrappers that pair them. `build_model` makes one from the YAML's `model` part."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from models.audio import Conv2DNet
 from models.av_wrapper import AVWrapper
 from models.vicreg import VICRegVideoWrapper, VICRegWrapper
 from models.video import R2Plus1d
-from utils.errors import UserError
+from utils.errors import UserError, allowed
 
 MODELS = {
     "arch": {"av_wrapper": AVWrapper, "vicreg_wrapper": VICRegWrapper, "vicreg_v_wrapper": VICRegVideoWrapper},
@@ -51,7 +50,7 @@ def _build_backbone(key: str, args: dict[str, Any]) -> nn.Module:
 
 def _look_up(kind: str, key: str, name: object) -> Callable[..., nn.Module]:
     if name not in list(MODELS[kind]):
-        raise UserError(f"{key}: unknown {name!r}; {_allowed(name, MODELS[kind])}")
+        raise UserError(f"{key}: unknown {name!r}; {allowed(name, MODELS[kind])}")
     return MODELS[kind][name]
 
 
@@ -61,14 +60,8 @@ def _call(cls: Callable[..., nn.Module], key: str, args: Mapping[str, Any]) -> n
     for name in args:
         if name not in known:
             settings = [k for k in known if not k.endswith("_model")]
-            raise UserError(f"{key}.{name}: unknown key for {cls.__name__}; {_allowed(name, settings)}")
+            raise UserError(f"{key}.{name}: unknown key for {cls.__name__}; {allowed(name, settings)}")
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in args:
             raise UserError(f"{key}.{name}: missing, {cls.__name__} needs it; add it to the YAML")
     return cls(**args)
-
-
-def _allowed(name: object, options: Iterable[str]) -> str:
-    options = list(options)
-    nearest = difflib.get_close_matches(str(name), options, n=1)
-    return f"use {', '.join(options)}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

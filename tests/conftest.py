@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch.multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)  # tests run side by side, and start processes, on few cores
 
@@ -167,3 +168,19 @@ def run_ranks():
         torch.multiprocessing.start_processes(worker, args, nprocs, start_method="forkserver")
 
     return run
+
+
+SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select")
+
+
+class _NoHostSync(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split(".")[0]
+        assert name not in SYNCS, f"{name} makes the host wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_sync():
+    """A context in which operations that make the host wait for a device fail, on a CPU too."""
+    return _NoHostSync

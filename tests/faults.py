@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import _make_video
-from tests.tiny import ENV, REPO, TORCHRUN, command, differences, run, write_config
+from tests.tiny import ENV, REPO, TORCHRUN, children, command, differences, run, write_config
 from utils import checkpoint
 
 TWO = ("--distributed", "--nproc", 2)
@@ -71,11 +71,6 @@ class Bench:
         run(file, *options)
         lost = differences(self.state(file.stem), self.whole[options])
         return f"different: {', '.join(lost)}" if lost else "nothing lost"
-
-
-def children(pid: int) -> list[int]:
-    """The child processes of a process."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_rank(pid: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.tiny import REPO, differences, run, write_config
+from tests.tiny import REPO, differences, needs_gpu, run, write_config
 from utils import checkpoint
 from utils.benchmark_forms import Form, Step, synthetic_batch
 from utils.config import load_config
@@ -21,9 +21,7 @@ from utils.distributed import wrap
 from utils.stopping import NonFiniteGuard, RunFailed
 from utils.sync_bn import synchronise_bn
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not os.environ.get("AVSSRL_NEEDS_GPU"), reason="PyTorch finds no GPU"
-)
+pytestmark = needs_gpu
 ENV = {**os.environ, "PYTHONPATH": str(REPO)}
 
 

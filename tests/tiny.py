@@ -4,8 +4,11 @@ import copy
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -14,6 +17,11 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 LOSSES = {"main-ssl.py": {"name": "xID", "args": {"num_negatives": 6}}, "main-vicreg.py": {"name": "VICLoss"}}
 HEADS = {"main-ssl.py": ("av_wrapper", "proj_dim"), "main-vicreg.py": ("vicreg_wrapper", "exp_dim")}
+
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() and not os.environ.get("AVSSRL_NEEDS_GPU"), reason="PyTorch finds no GPU"
+)
 
 
 def write_config(folder: Path, videos: Path, name: str = "tiny", script: str = "main-ssl.py", **changes) -> Path:
@@ -77,6 +85,19 @@ def run(
     done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of a process, by Linux's /proc."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "epoch", "step")

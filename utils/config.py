@@ -7,7 +7,6 @@ place. Files written for the thesis' code load unchanged.
 """
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UserError, allowed, nearest
 
 REQUIRED = object()
 
@@ -57,8 +56,8 @@ def _at_least_0(kind: type, default: Any = REQUIRED, nullable: bool = False) -> 
     return Key(kind, default, nullable=nullable, check=lambda v: v >= 0, allowed="0 or above")
 
 
-def _share(default: Any = REQUIRED, nullable: bool = False) -> Key:
-    return Key(float, default, nullable=nullable, check=lambda v: 0 <= v <= 1, allowed="from 0 to 1")
+def _share(default: float) -> Key:
+    return Key(float, default, check=lambda v: 0 <= v <= 1, allowed="from 0 to 1")
 
 
 def _one_of(*choices: Any, default: Any = REQUIRED, nullable: bool = False) -> Key:
@@ -400,6 +399,11 @@ def _check_sizes(data: Mapping, file: str) -> None:
         )
 
 
+def run_folder(cfg: Mapping) -> Path:
+    """Where the output of a pre-training lies: `<model_dir>/<name>`."""
+    return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
+
+
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """A nested configuration as one mapping of dotted keys."""
     flat = {}
@@ -435,7 +439,7 @@ def _check_section(raw: Any, table: Mapping, prefix: str, file: str) -> dict:
         raise UserError(f"{file}: {prefix[:-1]}: expected a section of keys, found {raw!r}")
     for key in raw:
         if key not in table:
-            raise UserError(f"{file}: unknown key {prefix}{key}; {_nearest(str(key), table)}")
+            raise UserError(f"{file}: unknown key {prefix}{key}; {allowed(key, table)}")
     checked = {}
     for name, rule in table.items():
         if isinstance(rule, Key):
@@ -459,7 +463,7 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
     converted = _convert(value, rule)
     good = converted is not None and (not rule.choices or converted in rule.choices)
     if not good or (rule.check is not None and not rule.check(converted)):
-        hint = _nearest(value, rule.choices) if rule.choices and isinstance(value, str) else ""
+        hint = nearest(value, rule.choices) if rule.choices and isinstance(value, str) else ""
         raise UserError(
             f"{file}: {prefix}{name}: expected {_describe(rule)}, found {value!r}" + (f"; {hint}" if hint else "")
         )
@@ -502,9 +506,3 @@ def _describe(rule: Key) -> str:
     if rule.allowed:
         text += f" {rule.allowed}" if rule.kind is not list else f" ({rule.allowed})"
     return text + (" or null" if rule.nullable else "")
-
-
-def _nearest(name: str, known: Iterable) -> str:
-    known = [str(key) for key in known]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)

@@ -1,4 +1,7 @@
-"""The error that a user can mend."""
+"""The errors that end a script with one line, and a hint at what a wrong name may have meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -21,6 +24,19 @@ class Preempted(Exception):
 
     The scripts print its message and end with exit status 75 (EX_TEMPFAIL: try again).
     """
+
+
+def nearest(name: object, known: Iterable) -> str:
+    """For a message: the known name that is most like `name`; nothing where none is like it."""
+    close = difflib.get_close_matches(str(name), map(str, known), n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def allowed(name: object, known: Iterable) -> str:
+    """For a message: all known names, and which of them `name` may have meant."""
+    known = [str(key) for key in known]
+    hint = nearest(name, known)
+    return f"use {', '.join(known)}" + (f" ({hint})" if hint else "")
 
 
 def lost_worker(error: BaseException | None) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from utils import checkpoint
-from utils.config import flatten, load_config
+from utils.config import flatten, load_config, run_folder
 from utils.distributed import is_main
 from utils.errors import UserError
 from utils.logger import provenance, write_config
@@ -74,8 +74,7 @@ def fold_folder(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int)
 
 def benchmark_folder(cfg: dict, model_cfg: dict) -> Path:
     """`<model_dir>/<name>/eval-<benchmark.name>`."""
-    model = model_cfg["model"]
-    return Path(model["model_dir"]) / model["name"] / f"eval-{cfg['benchmark']['name']}"
+    return run_folder(model_cfg) / f"eval-{cfg['benchmark']['name']}"
 
 
 def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) -> str:
@@ -90,7 +89,7 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
         path = Path(args.checkpoint)
         state = checkpoint.load(path)
     else:
-        folder = Path(model_cfg["model"]["model_dir"]) / model_cfg["model"]["name"]
+        folder = run_folder(model_cfg)
         found = checkpoint.load_latest(folder)
         if found is None:
             raise UserError(

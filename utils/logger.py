@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from utils.config import run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.errors import UserError
 from utils.files import write_whole
@@ -52,7 +53,7 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
 
     Rank 0 adds one line on this start to `runs.jsonl`.
     """
-    folder = folder or Path(config["model"]["model_dir"]) / config["model"]["name"]
+    folder = folder or run_folder(config)
     try:
         setup_logging(folder, quiet)
         stage("Run")

@@ -33,7 +33,7 @@ from models import build_model
 from utils import checkpoint
 from utils.cli import run_script
 from utils.concepts import report_concepts
-from utils.config import load_config
+from utils.config import load_config, run_folder
 from utils.errors import UserError
 from utils.figures import save_figure
 from utils.files import write_whole
@@ -196,11 +196,6 @@ def run_names(cfgs: list[dict]) -> list[str]:
         raise UserError(f"{next(run for run in runs if runs.count(run) > 1)[1]}: given twice")
     names = tell_apart(runs)
     return [names[run] for run in runs]
-
-
-def run_folder(cfg: dict) -> Path:
-    """Where a run's output lies."""
-    return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
 
 
 def measure(

@@ -4,6 +4,7 @@ One evaluation writes, into its folder, `results.json`, and for each classifier 
 """
 
 import csv
+import io
 import json
 import logging
 from collections import Counter
@@ -330,7 +331,9 @@ def summary(rows: Sequence[Mapping], form: str) -> str:
         names = [kind, dataset, benchmark, models[row["model"], row["folder"]], variant, part, feature]
         table.append([*names, str(row["folds"]), str(row["videos"]), *figures, *thesis])
     if form == "csv":
-        return "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\n" for line in table)
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(table)
+        return text.getvalue()
     if form == "markdown":
         lines = ["| " + " | ".join(line) + " |" for line in table]
         lines.insert(1, "|" + "---|" * len(table[0]))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import demo
+from tests.tiny import children, wait_until
 from utils.errors import UserError
 
 NAMES = list(demo.CLASSES)
@@ -131,13 +131,9 @@ def test_a_failing_run_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(demo, "write_clip", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="cannot be written: .*No space"):
         demo.make(tmp_path / "set", workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
@@ -145,12 +141,12 @@ def test_a_killed_run_leaves_no_set_and_no_worker(tmp_path):
     root = tmp_path / "set"
     command = [sys.executable, "-m", "datasets.demo", "--root", str(root), "--workers", "2"]
     run = subprocess.Popen(command, cwd=Path(demo.__file__).parents[1], stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(tmp_path.glob(".set.*.tmp/videos/*/*.mp4")))
+    wait_until(lambda: list(tmp_path.glob(".set.*.tmp/videos/*/*.mp4")))
     workers = children(run.pid)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert workers
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
     assert not root.exists()
 
 
@@ -160,13 +156,6 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------- what can be seen and heard

@@ -187,8 +187,7 @@ def test_evaluation_lists_work_on_a_prepared_folder(make_video, tmp_path, monkey
     [
         (("--shard", "3/2"), "expected I/N"),
         (("--fps", "none"), "expected keep"),
-        (("--short-side", 0), "expected numbers above 0"),
-        (("--workers", -1), "expected numbers above 0"),
+        (("--time-limit", 0), "expected seconds above 0"),
         (("--check",), "or --check"),
     ],
 )

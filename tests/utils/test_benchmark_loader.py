@@ -64,7 +64,7 @@ def test_videos_without_sound_are_left_out_and_named(folders, make_video, monkey
     raw = tmp_path / "raw"
     raw.mkdir()
     for name in ("0.mp4", "good.mp4", "silent.mp4"):  # the first is held out
-        make_video(raw / name, seconds=1.0, size=(64, 64), audio_codec=None if name == "silent.mp4" else "aac")
+        make_video(raw / name, seconds=1.0, size=(64, 64), audio_rate=None if name == "silent.mp4" else 16000)
     (raw / "broken.mp4").write_bytes(b"no video")
     command = ["benchmark", "loader", folders[1], "--root", raw, "--clips", 1, "--workers", 1]
     monkeypatch.setattr("sys.argv", [*map(str, command), "--set", "dataset.holdout_every=9"])

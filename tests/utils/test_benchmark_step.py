@@ -12,7 +12,7 @@ from torch import nn
 from criterions.memory_bank import MemoryBank
 from models.network_blocks import StemConv
 from models.video import R2Plus1d
-from tests.tiny import REPO
+from tests.tiny import REPO, needs_gpu
 from utils import benchmark
 from utils.benchmark_forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
 from utils.benchmark_tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
@@ -155,7 +155,7 @@ def test_bank_writes_what_it_promises(monkeypatch, tmp_path, capsys):
     assert len(report["left_out"]) == 2 and "10,000,000 rows in fp32: left out, 1.3 GB" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_2d_is_3d_on_a_gpu(channels_last):
     torch.manual_seed(0)

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import ENV, TORCHRUN
+from tests.tiny import ENV, TORCHRUN, wait_until
 from utils.cli import pretraining_parser
 from utils.distributed import _first_host, plan_processes
 from utils.errors import UserError
@@ -222,10 +221,3 @@ def ranks_end_after(folder, number, *options, launcher=()):
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
         process.send_signal(number)
         wait_until(lambda: not any(Path("/proc", file.read_text(), "cmdline").exists() for file in files))
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -8,8 +8,7 @@ from torch import nn
 from criterions import build_criterion
 from datasets.preprocessing import BatchPrep
 from models import build_model
-from tests.criterions.conftest import no_host_sync  # noqa: F401
-from tests.tiny import REPO
+from tests.tiny import REPO, needs_gpu
 from utils.benchmark_forms import synthetic_batch
 from utils.config import load_config
 from utils.distributed import wrap
@@ -36,10 +35,8 @@ class Loader:
             }
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_batches_come_as_they_are_and_when_they_are_asked_for(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     loader = Loader()
     for i, batch in enumerate(StepClock().timed(prefetch(loader, torch.device(device)))):
         assert loader.asked == i + 1  # none ahead: a run that is stopped here goes on with the next one
@@ -48,7 +45,7 @@ def test_batches_come_as_they_are_and_when_they_are_asked_for(device):
     assert loader.asked == 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_a_prefetched_batch_is_whole_when_it_is_used():
     host = [{"frames": torch.randint(256, (1 << 24,), dtype=torch.uint8).pin_memory()} for _ in range(4)]
     busy = torch.randn(4096, 4096, device="cuda")
@@ -62,7 +59,7 @@ def test_a_prefetched_batch_is_whole_when_it_is_used():
 
 
 @pytest.mark.parametrize("method", ["xid", "vicreg"])
-def test_a_step_up_to_its_gradients_asks_the_device_nothing(method, no_host_sync):  # noqa: F811
+def test_a_step_up_to_its_gradients_asks_the_device_nothing(method, no_host_sync):
     cfg = load_config(REPO / f"configs/demo/{method}.yaml", ["dataset.batch_size=4", "dataset.crop_size=32"])
     torch.manual_seed(0)
     model, precision, averages = build_model(cfg["model"]), Precision("fp32", CPU), Averages()
