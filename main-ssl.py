@@ -180,7 +180,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
 
 def bank_rows(cfg: dict, num_videos: int) -> int:
-    """Rows of the memory bank: one a video. `num_instances` in the YAML may be more, but not fewer."""
+    """Rows of the memory bank: one a video. `num_instances` in the YAML may be more; UserError where it is fewer."""
     asked = cfg["loss"]["args"]["num_instances"]
     if asked is not None and asked < num_videos:
         raise UserError(

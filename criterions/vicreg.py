@@ -12,10 +12,11 @@ from utils.errors import UserError
 class VICLoss(nn.Module):
     """sim_coeff * sim + std_coeff * std + cov_coeff * cov (eq. 6 of the paper), with
 
-        sim: the mean squared difference of x and y, of the rank's batch                            (eq. 5)
-        std: the mean over dimensions of relu(1 - sqrt(var + 1e-4)), averaged over x and y          (eq. 1)
-        cov: the sum of squared off-diagonal covariances / D, of x plus of y                        (eqs. 3 and 4)
+        sim: the mean squared difference of x and y, of the rank's batch                  (eq. 5, divided by D)
+        std: the mean over dimensions of relu(1 - sqrt(var + 1e-4)), averaged over x and y    (eq. 1, halved)
+        cov: the sum of squared off-diagonal covariances / D, of x plus y                     (eqs. 3 and 4)
 
+    sim and std are scaled as in the code of the paper's authors, for which the coefficients are meant.
     Variance and covariance are those of the batch over all ranks, by n - 1. Each is counted on every rank: the mean
     over ranks of the loss, and of its gradients as DDP takes it, are those of one process with the whole batch.
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the

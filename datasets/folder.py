@@ -20,6 +20,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     is the rest; `all` is all of them. Videos that could not be prepared keep their numbers, so that none changes sides.
     `dataset.labels` is a CSV file below the root with a header: its first column names the video (path below the root),
     `dataset.label_column` (default: the second) its label.
+
+    Raises:
+        UserError: another split, no video, or labels that cannot be read or name none of the videos.
     """
     root, every = Path(dataset["root"]), dataset["holdout_every"]
     if split not in ("train", "test", "all"):

@@ -14,6 +14,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """The videos of `train-split<k>` or `test-split<k>`, where `{fold}` stands for `dataset.fold`.
 
     The classes are those that have a split file, in alphabetical order; the class of a video is its folder's.
+
+    Raises:
+        UserError: another split, or lists or videos are not where they should be.
     """
     root = Path(dataset["root"])
     wanted = re.fullmatch(r"(train|test)-split(\d+)", split.replace("{fold}", str(dataset["fold"])))

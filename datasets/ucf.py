@@ -13,6 +13,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """The videos of one published list, such as `trainlist01`, or by `trainlist{fold:02d}` the one of `dataset.fold`.
 
     The class of a video is its folder's, since test lists carry no label. Labels follow classInd.txt.
+
+    Raises:
+        UserError: another split, or lists or videos are not where they should be.
     """
     root = Path(dataset["root"])
     lists = root / "ucfTrainTestlist"

@@ -23,6 +23,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
     The subset is what the file `dataset.list` names, else 50,000 videos by a fixed rule (the smallest SHA-256 of id and
     start), else, with fewer, all of them. Labels come from vggsound.csv; a video that it does not list has label -1.
+
+    Raises:
+        UserError: another split, no such folder or no video in it, or a list that cannot be read or names none of them.
     """
     root = Path(dataset["root"])
     folders = {"train": "train", "train_subset": "train", "test": "test"}
@@ -86,7 +89,11 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
 
 
 def read_labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[str]]:
-    """The label of each clip by vggsound.csv, -1 where it has none, and the classes; None without the file."""
+    """The label of each clip by vggsound.csv, -1 where it has none, and the classes; None without the file.
+
+    Raises:
+        UserError: it cannot be read, or has rows of another form.
+    """
     if not file.is_file():
         return None, []
     try:

@@ -152,7 +152,7 @@ class TrainingClips(Dataset):
     """Random clips for training, one for each (epoch, position). What a position holds depends on the seed alone.
 
     With `pairs` a sample is two clips of one video and no sound (VICReg-Video), else a clip and its sound. A video that
-    cannot be decoded is replaced by the one half an epoch further on, and named in the sample's `failures`.
+    cannot be decoded is replaced by one about half an epoch further on, and named in the sample's `failures`.
     """
 
     def __init__(

@@ -21,11 +21,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("cfg", metavar="CFG", help="YAML of the benchmark, such as configs/ucf/8at16-linear.yaml")
     parser.add_argument("model_cfg", metavar="MODEL_CFG", help="YAML of the pre-training")
     add_common_options(parser)
-    group = parser.add_argument_group("evaluation")
-
-    def add(name: str, **options: object) -> None:
-        group.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **options)
-
+    add = _both_spellings(parser.add_argument_group("evaluation"))
     add("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change a key of MODEL_CFG; repeatable")
     add("--checkpoint", metavar="FILE", help="pre-trained weights; default: the checkpoint of MODEL_CFG's run")
     add("--random-weights", action="store_true", help="no pre-trained weights: the baseline")
@@ -40,7 +36,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that all four scripts take. Each is spelt with dashes or with underscores."""
-    add = parser.add_argument
+    add = _both_spellings(parser)
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG (dotted); repeatable")
     add("--quiet", action="store_true", help="write to the log file only")
     add("--seed", type=_seed, metavar="S", help="seed of weights, clips and negatives; default: the YAML's")
@@ -48,26 +44,28 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes", "torchrun and Slurm (srun) need none of these: their environment variables are enough"
     )
-    add = group.add_argument
+    add = _both_spellings(group)
     add(
         "--multiprocessing-distributed",
-        "--multiprocessing_distributed",
         "--distributed",
         dest="distributed",
         action="store_true",
         help="start one process a GPU of this node",
     )
     add("--nproc", type=int, metavar="N", help="processes on this node; default: its GPUs, 1 without a GPU")
-    add("--world-size", "--world_size", type=int, metavar="N", help="number of nodes; default: 1")
+    add("--world-size", type=int, metavar="N", help="number of nodes; default: 1")
     add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
-    add("--dist-url", "--dist_url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
-    add(
-        "--dist-backend",
-        "--dist_backend",
-        choices=("nccl", "gloo"),
-        metavar="B",
-        help="default: nccl on GPUs, gloo on CPUs",
-    )
+    add("--dist-url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
+    add("--dist-backend", choices=("nccl", "gloo"), metavar="B", help="default: nccl on GPUs, gloo on CPUs")
+
+
+def _both_spellings(group: argparse._ActionsContainer) -> Callable[..., None]:
+    """`group.add_argument`, for options that are spelt with dashes or with underscores."""
+
+    def add(*names: str, **options: object) -> None:
+        group.add_argument(*names, *("--" + n[2:].replace("-", "_") for n in names if "-" in n[2:]), **options)
+
+    return add
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

@@ -220,7 +220,11 @@ def _end_with_torchrun() -> None:
 
 
 def plan_processes(options: argparse.Namespace) -> Processes | None:
-    """What `launch` is to do, from the options and the environment; None: this process alone."""
+    """What `launch` is to do, from the options and the environment; None: this process alone.
+
+    Raises:
+        UserError: the options do not fit each other, the environment or the machine.
+    """
     gpus, env = torch.cuda.device_count(), os.environ
     backend = options.dist_backend or ("nccl" if gpus else "gloo")
     if backend == "nccl" and not gpus:

@@ -52,6 +52,9 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
     """Open the run's folder, by default `<model_dir>/<name>`, set up the log, and note where the run comes from.
 
     Rank 0 adds one line on this start to `runs.jsonl`.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
     folder = folder or run_folder(config)
     try:

@@ -114,7 +114,11 @@ class NonFiniteGuard:
         return False
 
     def check(self) -> None:
-        """Read the verdict of the last step, before anything is saved."""
+        """Read the verdict of the last step, before anything is saved.
+
+        Raises:
+            RunFailed: it was not finite. The diagnosis is saved.
+        """
         if self._waiting is None:
             return
         (verdict, facts), self._waiting = self._waiting, None
