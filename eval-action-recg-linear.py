@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import build_fold, build_fresh_clips, build_video_clips, training_batches
+from datasets import FoldData, build_fold, build_fresh_clips, build_video_clips, training_batches
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
@@ -51,18 +51,20 @@ def main() -> None:
 
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """One process of the evaluation: every fold, and their mean."""
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold) for fold in evaluation.folds(cfg)]
+    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
         finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
 
 
-def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> dict:
+def evaluate_fold(
+    device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, data: FoldData
+) -> dict:
     """Train the classifiers of one fold and test them. Rank 0 returns the results."""
     folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    data = build_fold(cfg, fold, args.few_shot_ratio, args.use_rest_classes, args.allow_missing)
     for part in data.parts:
         log.info("%s", part)
 

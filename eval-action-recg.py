@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import build_fold, build_fresh_clips, build_video_clips
+from datasets import FoldData, build_fold, build_fresh_clips, build_video_clips
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
@@ -55,18 +55,20 @@ def main() -> None:
 
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """One process of the evaluation: every fold, and their mean."""
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold) for fold in evaluation.folds(cfg)]
+    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
         finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
 
 
-def evaluate_fold(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> dict:
+def evaluate_fold(
+    device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, data: FoldData
+) -> dict:
     """Fine-tune on one fold and test. Rank 0 returns the results."""
     folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
     start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
 
     stage(f"Data, fold {fold}")
-    data = build_fold(cfg, fold, args.few_shot_ratio, args.use_rest_classes, args.allow_missing)
     for part in data.parts:
         log.info("%s", part)
 

@@ -12,7 +12,7 @@ from criterions.memory_bank import MemoryBank
 from criterions.rince import RINCE
 from criterions.sharded_bank import ShardedMemoryBank
 from criterions.stats import spread
-from utils.distributed import gather, gather_with_grad, is_main
+from utils.distributed import gather, gather_with_grad, is_main, world_size
 from utils.errors import UserError
 
 
@@ -125,8 +125,16 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             index: (N,) the instances' rows in the bank, int64, on the embeddings' device.
             epoch: from 0 on; decides about hard negatives, and about q where none is given.
             q: RINCE's q in this call.
+
+        Raises:
+            UserError: a batch of one clip over all ranks, and no negatives from the bank.
         """
         q = self.q_at(epoch) if q is None else q
+        if not self.num_negatives and len(index) * world_size() < 2:
+            raise UserError(
+                "loss.args.num_negatives: 0, and a batch, or its part, of one clip: nothing to tell it from; raise it, "
+                "or dataset.batch_size, or lower accumulate"
+            )
         bank = self.nce_average
         dtype = torch.promote_types(torch.promote_types(video_emb.dtype, bank.view1_mem.dtype), torch.float32)
         with torch.autocast(video_emb.device.type, enabled=False):

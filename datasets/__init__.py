@@ -1,5 +1,6 @@
 """Videos on disk -> batches. `build_videos` lists them, `ClipRecipe` and the data sets of `video_dataset` cut them."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,24 +124,36 @@ class FoldData:
     missing: list[str]
 
 
-def build_fold(
-    cfg: dict, fold: int, few_shot_ratio: float | None, use_rest_classes: bool, allow_missing: bool
-) -> FoldData:
+def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
     """The videos of one fold of an evaluation, and the parts that get a classifier each.
 
+    `args` are the command line's: `few_shot_ratio`, `use_rest_classes`, `allow_missing`.
+
     Raises:
-        UserError: bad lists, files that are missing and may not be, or another number of classes than the YAML's.
+        UserError: bad lists, videos in both, files that are missing and may not be, or another number of classes than
+            the YAML's.
     """
-    train, missing = build_labelled(cfg, "train", fold, allow_missing)
-    test, missing_test = build_labelled(cfg, "test", fold, allow_missing)
+    if cfg["dataset"]["num_folds"] and "{fold" not in cfg["dataset"]["train"]["split"]:
+        raise UserError(
+            f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
+            f"{cfg['dataset']['num_folds']}; put {{fold}} where the fold's number stands"
+        )
+    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    both = {train.name(i) for i in range(len(train))} & {test.name(i) for i in range(len(test))}
+    if both:
+        raise UserError(
+            f"dataset.test.split: {len(both)} of its {len(test)} videos are training videos, too, such as {min(both)}: "
+            "what was learned by heart would count"
+        )
     asked = cfg["model"]["args"]["n_classes"]
     if asked not in (None, len(train.classes)):
         raise UserError(
             f"model.args.n_classes: {asked}, but the data have {len(train.classes)} classes; "
             f"leave it out, or --set model.args.n_classes={len(train.classes)}"
         )
-    chosen = few_shot_rows(train, few_shot_ratio, cfg["few_shot_seed"])
-    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if use_rest_classes else None)
+    chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
+    parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
     return FoldData(train, test, chosen, parts, sorted({*missing, *missing_test}))
 
 

@@ -1,6 +1,7 @@
 """Which classes and which training videos an evaluation uses: seen and unseen concepts, few-shot subsets."""
 
 import difflib
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def few_shot_rows(videos: VideoList, ratio: float | None, seed: int) -> np.ndarr
     for label in np.unique(labels):
         rows = sorted(np.flatnonzero(labels == label).tolist(), key=videos.name)
         name = videos.classes[label]
-        order = np.random.default_rng((seed, zlib.crc32(name.encode()))).permutation(len(rows))
+        order = np.random.default_rng((seed, zlib.crc32(os.fsencode(name)))).permutation(len(rows))
         count = max(1, int(ratio * len(rows) + 1e-9))
         kept += [rows[i] for i in order[:count]]
     return np.sort(np.array(kept, dtype=np.int64))

@@ -4,6 +4,7 @@ A video shorter than a clip gives a clip that starts with it and repeats its las
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -130,7 +131,12 @@ def read_windows(
     clips = torch.empty(len(starts), *recipe.clip_shape, dtype=torch.uint8)
     for group in _passes(file, starts, recipe.video_seconds):
         first, last = starts[group[0]] - MARGIN, starts[group[-1]] + recipe.video_seconds + MARGIN
-        decoded = file.read(video_start=first, video_seconds=last - first)
+        try:
+            decoded = file.read(video_start=first, video_seconds=last - first)
+        except DecodeError:  # there may be no frame in these seconds, and one before and after them
+            for i in group:
+                clips[i] = read_frames(file, starts[i], recipe, None if rngs is None else rngs[i])
+            continue
         pictures, times = torch.from_numpy(decoded.frames), decoded.frame_times
         if rngs is None:  # cropped once, however many clips they are in
             pictures = cut_out(pictures, recipe)
@@ -209,7 +215,8 @@ def data_fingerprint(*lists: VideoList) -> str:
         manifest = manifest_of(videos.root)
         for i in range(len(videos)):
             if manifest is None:
-                status = videos.path(i).stat()
+                path = videos.path(i)
+                status = path.stat() if path.exists() else os.stat_result((0,) * 10)  # a broken link, say
                 digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
             else:
                 digest.update(manifest.sources[videos.name(i)].encode())

@@ -129,7 +129,7 @@ def find_videos(dataset: str, raw: Path) -> Iterator[str]:
 
 def fingerprint(file: Path, recipe: str) -> str:
     """Says whether a prepared file is still that of this raw file and recipe."""
-    status = file.stat()
+    status = file.stat() if file.exists() else os.stat_result((0,) * 10)  # a broken link: an error of its own later
     return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {recipe}".encode()).hexdigest()[:16]
 
 

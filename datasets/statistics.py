@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from datasets import sampling
 from datasets.decoding import DecodeError, VideoFile
+from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.video_dataset import ClipRecipe, VideoList, audio_span, make_loader, read_waveform
 from utils.errors import UserError
@@ -50,13 +51,14 @@ def audio_statistics(
 ) -> dict[str, torch.Tensor]:
     """`mean` and `std` of each mel bin, float32 (n_mels,), over one clip from each of at most 2,000 videos.
 
-    Kept as `<cache_dir>/audio-stats-<fingerprint of list and parameters>.npz` and read from there the next time.
+    Kept as `<cache_dir>/audio-stats-<fingerprint of files and parameters>.npz` and read from there the next time.
 
     Raises:
         UserError: no video's sound could be read, or the cache could not be written.
     """
     chosen = np.unique(np.linspace(0, len(videos) - 1, min(len(videos), MOST_VIDEOS)).round().astype(int))
-    meaning = [videos.fingerprint, recipe.audio_seconds, recipe.sample_rate, recipe.spec_params, len(chosen)]
+    files = data_fingerprint(videos.subset(chosen))
+    meaning = [files, recipe.audio_seconds, recipe.sample_rate, recipe.spec_params]
     digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
     cached = Path(cache_dir) / f"audio-stats-{digest}.npz"
     if cached.is_file():

@@ -209,6 +209,26 @@ def test_foreign_checkpoints(cfgs, tmp_path):
     assert "not a readable checkpoint" in fail(cfg, model, "--checkpoint", tmp_path / "text")
 
 
+def test_class_names_that_are_no_utf_8(cfgs, tmp_path, make_video):
+    root = tiny_evaluation.make_ucf(tmp_path / "ucf", make_video, classes=("HandstandPushups", "Cafe"))
+    for path in sorted(root.rglob("*Cafe*"), reverse=True):  # a folder after the files in it
+        path.rename(path.with_name(path.name.replace("Cafe", "Caf\udce9")))
+    for path in (root / "ucfTrainTestlist").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"Cafe", b"Caf\xe9"))
+    cfg, model = cfgs(root=root, feature_views=1)
+    evaluate(tmp_path, cfg, model, "--random-weights", "--few-shot-ratio", 0.5)
+    assert b"Caf\xe9" in next(tmp_path.glob("runs/**/per-class-pool.csv")).read_bytes()
+
+
+def test_nothing_that_can_be_read_to_test_on(cfgs, tmp_path, ucf):
+    root = tmp_path / "ucf"
+    shutil.copytree(ucf, root)
+    for name in (root / "ucfTrainTestlist/testlist01.txt").read_text().splitlines():
+        (root / "videos" / name).write_bytes(b"no video")
+    cfg, model = cfgs(root=root)
+    assert "none of 6 videos can be read" in fail(cfg, model, "--random-weights", "--allow-missing")
+
+
 def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
     root = tmp_path / "ucf"
     shutil.copytree(ucf, root)
@@ -238,6 +258,15 @@ def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
         (("--set", "model.name=ClassificationWrapper", "--set", "model.args={}"), ("eval-action-recg.py",)),
         (("--set", "dataset.fold=2"), ("trainlist02.txt", "no such list")),
         (("--set", "dataset.test_dense.split=other"), ("test_dense.split: other", "testlist{fold:02d}")),
+        (("--set", "dataset.num_folds=2"), ("list02.txt", "no such list")),
+        (
+            ("--set", "dataset.num_folds=2", "--set", "dataset.train.split=trainlist01"),
+            ("the same for each of num_folds: 2", "{fold}"),
+        ),
+        (
+            ("--set", "dataset.test.split=trainlist01", "--set", "dataset.test_dense.split=trainlist01"),
+            ("8 of its 8 videos are training videos, too, such as videos/",),
+        ),
         (("--set", "optimizer.warmup_classifier=true"), ("warmup_classifier: True is for ClassificationWrapper",)),
         (("--set", "dataset.train.drop_last=true", "--set", "dataset.batch_size=99"), ("99", "8 clips")),
         (("--checkpoint", "x"), ("--checkpoint and --random-weights",)),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import ENV, TORCHRUN, command, differences, run, write_config
+from tests.tiny import ENV, TORCHRUN, command, differences, run, wait_until, write_config
 from utils import checkpoint
 
 
@@ -87,6 +87,36 @@ def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
     assert differences(final(folder), whole) == []
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("compression", [None, "bf16"])
+def test_three_processes_go_on_in_the_same_bits(config, compression):
+    """DDP lays out its buckets anew after the first step of a start: the order of additions must not follow."""
+    options = {"dataset__batch_size": 6, "optimizer__num_epochs": 1, "gradient_compression": compression}
+    three = ("--distributed", "--nproc", 3)
+    run(config("whole3", **options), *three)
+    file = config("stopped3", **options)
+    process = subprocess.Popen(command(file, *three), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = config.folder("stopped3") / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text())
+    process.terminate()
+    process.wait()
+    assert final(config.folder("stopped3"))["epoch"] == 0
+    assert "going on from" in run(file, *three).stdout
+    assert differences(final(config.folder("stopped3")), final(config.folder("whole3"))) == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(config):
+    file = config("once", optimizer__num_epochs=50)
+    process = subprocess.Popen(command(file), env=ENV, stdout=subprocess.DEVNULL)
+    try:
+        metrics = config.folder("once") / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+        assert "once: another process is writing there" in run(file, status=2).stderr
+    finally:
+        process.kill()
+        process.wait()
+    assert "going on from" in run(file, "--set", "optimizer.num_epochs=50", "--set", "test_only=true").stdout
 
 
 def test_two_processes_by_every_launcher(config):

@@ -167,9 +167,30 @@ def wrap(
         static_graph=static and not compiled,
         **{_FORWARD_SYNC: False},
     )
-    if compression == "bf16":
+    if device.type == "cpu" and world_size() > 2:
+        net.register_comm_hook(torch.bfloat16 if compression == "bf16" else torch.float32, _mean_in_rank_order)
+    elif compression == "bf16":
         net.register_comm_hook(None, bf16_compress_hook)
     return net
+
+
+def _mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's mean of gradients, which travel in `dtype`, in an order of additions that hangs on nothing but the ranks.
+
+    DDP lays its buckets out anew after the first step, and gloo's ring adds in an order that hangs on the place in a
+    bucket: with three processes or more a run that was stopped would go on with other roundings.
+    """
+    own = bucket.buffer()
+    parts = [torch.empty_like(own, dtype=dtype) for _ in range(world_size())]
+    sent = dist.all_gather(parts, own.to(dtype), async_op=True).get_future()
+
+    def mean(_: torch.futures.Future) -> torch.Tensor:
+        total = parts[0].to(own.dtype)
+        for part in parts[1:]:
+            total += part
+        return own.copy_(total / len(parts))
+
+    return sent.then(mean)
 
 
 @dataclass(frozen=True)

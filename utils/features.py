@@ -120,7 +120,11 @@ def stored_clip_outputs(
             (building / "failures.json").write_text(json.dumps(failures))
             (building / "meaning.json").write_text(text)
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(building, folder)
+            try:
+                os.replace(building, folder)
+            except OSError:  # another evaluation may have made the same in the meantime
+                if not (folder / "meaning.json").is_file():
+                    raise
             log.info("features: %d videos, kept in %s", readable.sum(), folder)
     except OSError as error:
         raise UserError(f"cache_dir: {folder}: could not be written: {error}") from None
@@ -130,7 +134,13 @@ def stored_clip_outputs(
 
 
 def rows_of(outputs: ClipOutputs, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The outputs of these videos, without those that could not be read; and which of the rows could, bool."""
+    """The outputs of these videos, without those that could not be read; and which of the rows could, bool.
+
+    Raises:
+        UserError: none could.
+    """
     arrays, readable = outputs
     present = torch.from_numpy(readable)[rows]
+    if is_main() and not present.any():
+        raise UserError(f"none of {len(rows)} videos can be read; mend them, there is nothing to go on with")
     return {name: torch.from_numpy(array[rows[present].numpy()]) for name, array in arrays.items()}, present

@@ -1,5 +1,6 @@
 """What a run tells: the log, progress lines, metrics for TensorBoard and metrics.jsonl, and where it came from."""
 
+import fcntl
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import yaml
@@ -25,7 +27,11 @@ log = logging.getLogger("avssrl")
 
 
 def setup_logging(folder: Path, quiet: bool) -> None:
-    """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`; other ranks warn only."""
+    """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`; other ranks warn only.
+
+    Raises:
+        UserError: another process has this log open, so it writes to this folder, too.
+    """
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -36,11 +42,23 @@ def setup_logging(folder: Path, quiet: bool) -> None:
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
+        _lock(handlers[0].stream, folder)
     if not quiet or not is_main():
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """Hold a lock on this file until the process ends; where the file system knows none, none."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{folder}: another process is writing there; wait for its end, or stop it first") from None
+    except OSError:
+        pass
 
 
 def stage(title: str) -> None:

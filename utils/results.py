@@ -61,7 +61,7 @@ def write_classes(
     scores = video_scores(video_logits)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
-    with (folder / f"per-class-{name}.csv").open("w", newline="") as file:
+    with (folder / f"per-class-{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "videos", *FIGURES, "most often taken for", "times"])
         for c, class_name in enumerate(classes):
@@ -88,6 +88,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
     """
     from matplotlib.figure import Figure
 
+    classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in classes]
     count = len(classes)
     percent = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     side = max(4.0, 0.19 * count + 2.5)

@@ -10,6 +10,7 @@ are kept below `cache_dir`, and every ratio and subset trains on them. `--seeds`
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its evaluation ends, too
     sweep(args, arguments[cut + 1 :])
 
 

@@ -312,3 +312,9 @@ def test_learns_what_two_views_share():
     with torch.no_grad():
         recall = recall_at_1(encoders[0](views[0][300:]), encoders[1](views[1][300:]))
     assert recall > 0.3  # chance: 0.01
+
+
+def test_one_clip_without_negatives_is_refused():
+    alone = xID(5, 8, num_negatives=0, live_targets=True)
+    with pytest.raises(UserError, match="num_negatives: 0, and a batch, or its part, of one clip"):
+        alone(torch.randn(1, 8), torch.randn(1, 8), torch.tensor([2]))

@@ -43,6 +43,16 @@ def test_one_pass_gives_what_single_reads_give(videos, augment, pass_bytes, monk
             assert torch.equal(clip, single), f"{videos.name(i)}, clip {k}"
 
 
+def test_a_clip_may_lie_in_a_gap_between_frames(make_video, tmp_path):
+    """As in a slide show: a frame every three seconds."""
+    make_video(tmp_path / "slides.mkv", vfr_times=[0.0, 3.0, 6.0, 9.0], seconds=9.5, bframes=0, audio_rate=None)
+    recipe = ClipRecipe(
+        0.5, 8.0, 32, 36, "crop+color", "bilinear", (0.2, 1.0), (0.75, 4 / 3), (0.0,) * 4, augment=False
+    )
+    sample = VideoClips(VideoList(tmp_path, ["slides.mkv"], [0], ["x"]), recipe, seed=0, random=3, even=5)[0, 0]
+    assert sample["failures"] == [] and sample["frames"].shape == (8, 4, 32, 32, 3)
+
+
 def test_a_short_video_repeats_its_last_frame(videos):
     frames = VideoClips(videos, RECIPE, seed=0, even=2)[0, 3]["frames"]
     assert frames.shape == (2, 6, 32, 32, 3) and torch.equal(frames[0, -1], frames[0, -2])

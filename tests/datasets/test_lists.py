@@ -77,6 +77,8 @@ def test_mistakes_in_vggsound(vgg):
     with pytest.raises(UserError, match="none of its 1 videos"):
         (vgg / "other.txt").write_text("z_1")
         build_videos(section("vggsound", vgg, list=str(vgg / "other.txt")), "train_subset")
+    with pytest.raises(UserError, match="is for split train_subset, and the split is train"):
+        build_videos(section("vggsound", vgg, list=str(vgg / "other.txt")), "train")
     with pytest.raises(UserError, match="expected rows of id"):
         (vgg / "vggsound.csv").write_text("id,label\n")
         build_videos(section("vggsound", vgg), "train")
@@ -152,5 +154,8 @@ def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, mak
     stored.write_bytes(stored.read_bytes()[:100])
     again = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
     torch.testing.assert_close(again, stats)
+    make_video(tmp_path / "0.mp4", seconds=0.7, fps=16, audio_rate=16000)  # another file of that name
+    other = audio_statistics(videos, RECIPE, 0, tmp_path / "cache")
+    assert not torch.equal(other["mean"], stats["mean"])
     with pytest.raises(UserError, match="none of 1 videos could be read"):
         audio_statistics(VideoList(tmp_path, ["3.mp4"]), RECIPE, 0, tmp_path / "cache")

@@ -1,6 +1,7 @@
 """`python3 -m datasets.prepare` as a user runs it: killed, run again, in shards, on files that crash the decoder."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,22 @@ def raw(make_video, tmp_path):
 def prepare(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
     main()
+
+
+def test_a_broken_link_costs_itself_alone(raw, tmp_path, monkeypatch):
+    (raw / "train/gone_000001.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out", "--workers", 1)
+    errors = {row["path"] for row in read_rows(tmp_path / "out" / FILE) if row["error"]}
+    assert errors == {"train/bad_000009.mp4", "train/gone_000001.mp4"}
+
+
+def test_subfolders_are_left_out_as_training_does(raw, tmp_path, monkeypatch):
+    (raw / "train/more").mkdir()
+    shutil.copy(raw / CLIPS[0], raw / "train/more/x_000001.mp4")
+    prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out", "--workers", 1)
+    (raw / "train/bad_000009.mp4").unlink()
+    lists = [build_videos(dataset(root), "train").fingerprint for root in (raw, tmp_path / "out")]
+    assert lists[0] == lists[1]
 
 
 def test_a_file_is_no_place_for_a_data_set(raw, tmp_path, monkeypatch):
