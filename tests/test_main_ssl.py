@@ -89,10 +89,9 @@ def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
     assert [line["step"] for line in lines] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("compression", [None, "bf16"])
-def test_three_processes_go_on_in_the_same_bits(config, compression):
+def test_three_processes_go_on_in_the_same_bits(config):
     """DDP lays out its buckets anew after the first step of a start: the order of additions must not follow."""
-    options = {"dataset__batch_size": 6, "optimizer__num_epochs": 1, "gradient_compression": compression}
+    options = {"dataset__batch_size": 6, "optimizer__num_epochs": 4}
     three = ("--distributed", "--nproc", 3)
     run(config("whole3", **options), *three)
     file = config("stopped3", **options)
@@ -101,7 +100,7 @@ def test_three_processes_go_on_in_the_same_bits(config, compression):
     wait_until(lambda: metrics.exists() and metrics.read_text())
     process.terminate()
     process.wait()
-    assert final(config.folder("stopped3"))["epoch"] == 0
+    assert final(config.folder("stopped3"))["epoch"] < 3
     assert "going on from" in run(file, *three).stdout
     assert differences(final(config.folder("stopped3")), final(config.folder("whole3"))) == []
 

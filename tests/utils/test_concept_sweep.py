@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -124,7 +125,7 @@ def test_nothing_to_report(tmp_path):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, make_video):
-    """A folder, and what runs a sweep over two ratios in it, as a user does."""
+    """A folder, what runs a sweep over two ratios in it, as a user does, and the command line."""
     folder = tmp_path_factory.mktemp("sweep")
     root = make_ucf(folder / "ucf", make_video)
     cfg = write_evaluation(folder, root, dataset__rest_classes=str(folder / "unseen.txt"))
@@ -134,20 +135,32 @@ def swept(tmp_path_factory, make_video):
     full += ["--set", "feature_views=2", "--out", folder / "out.png"]
     (folder / "runs/net").mkdir(parents=True)
 
-    def run():
-        return subprocess.run(list(map(str, full)), cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
+    full = list(map(str, full))
 
-    return folder, run
+    def run():
+        return subprocess.run(full, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
+
+    return folder, run, full
 
 
 def test_a_sweep_says_what_is_missing(swept):
-    _, run = swept
+    _, run, _ = swept
     ended = run()  # the model itself was never pre-trained
     assert ended.returncode == 1
     assert (
         "no such checkpoint" in ended.stderr
         and "failed: eval-action-recg-linear.py ended with status 2" in ended.stderr
     )
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+def test_a_sweep_that_is_told_to_end_takes_its_evaluation_along(swept):
+    with subprocess.Popen(swept[2], cwd=tiny.REPO, env=tiny.ENV, stdout=subprocess.DEVNULL) as process:
+        tiny.wait_until(lambda: tiny.children(process.pid))
+        (evaluation,) = tiny.children(process.pid)
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert not os.path.exists(f"/proc/{evaluation}")
 
 
 def test_a_sweep_makes_features_once_and_goes_on(swept):
@@ -157,7 +170,7 @@ def test_a_sweep_makes_features_once_and_goes_on(swept):
     from utils import checkpoint
     from utils.config import load_config
 
-    folder, run = swept
+    folder, run, _ = swept
     torch.manual_seed(1)
     weights = build_model(load_config(folder / "net.yaml")["model"]).state_dict()
     checkpoint.save(folder / "runs/net", {"epoch": 1, "model": weights, "train_criterion": {}})
