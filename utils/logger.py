@@ -26,11 +26,11 @@ from utils.metrics import collapse_warning
 log = logging.getLogger("avssrl")
 
 
-def setup_logging(folder: Path, quiet: bool) -> None:
+def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`; other ranks warn only.
 
     Raises:
-        UserError: another process has this log open, so it writes to this folder, too.
+        UserError: this process is to be the `alone` one that writes to this folder, and is not.
     """
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -42,7 +42,8 @@ def setup_logging(folder: Path, quiet: bool) -> None:
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
-        _lock(handlers[0].stream, folder)
+        if alone:
+            _lock(handlers[0].stream, folder)
     if not quiet or not is_main():
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
@@ -76,7 +77,7 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
     """
     folder = folder or run_folder(config)
     try:
-        setup_logging(folder, quiet)
+        setup_logging(folder, quiet, alone=not config.get("test_only", False))
         stage("Run")
         if is_main():
             record = provenance()
