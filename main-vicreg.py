@@ -81,13 +81,6 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     state = checkpoints.latest()
     if not cfg["test_only"]:
         write_config(folder, cfg)
-    if video_only or state is not None:
-        audio_stats = None if video_only else state["audio_stats"]
-    else:
-        audio_stats = broadcast_object(
-            audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
-        )
-    prepare = BatchPrep(cfg["dataset"], audio_stats, device)
 
     stage("Model")
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
@@ -109,13 +102,18 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         "bad_videos": bad,
         "guard": guard,
     }
-    start_epoch, start_step = 0, 0
+    start_epoch, start_step, audio_stats = 0, 0, None
     if state is not None:
         checkpoints.restore(state, parts)
-        start_epoch, start_step = state["epoch"], state["step"]
+        start_epoch, start_step, audio_stats = state["epoch"], state["step"], state["audio_stats"]
         del state
     else:
         start_from_others(cfg, model, criterion, videos.fingerprint)
+        if not video_only:
+            audio_stats = broadcast_object(
+                audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
+            )
+    prepare = BatchPrep(cfg["dataset"], audio_stats, device)
     monitor = Monitor(cfg, model, prepare, lambda: build_held_out(cfg, device), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
