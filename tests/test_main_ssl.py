@@ -60,11 +60,10 @@ def test_a_run_writes_what_it_promises(config):
     again = run(file).stdout
     assert "going on from" in again and "2 epochs done" in again
     written = {path: path.read_text() for path in (folder / "metrics.jsonl", folder / "config.yaml")}
-    for resume in ("true", "false"):
-        told = run(file, "--set", "test_only=true", "--set", f"resume={resume}").stdout
-        assert told.count("held out, after 2 epochs") == 1
-        assert "epoch 1/2" not in told and all(path.read_text() == text for path, text in written.items())
+    told = run(file, "--set", "test_only=true", "--set", "resume=false").stdout
+    assert told.count("held out, after 2 epochs") == 1 and "epoch 1/2" not in told
     assert run(file, "--quiet", "--set", "test_only=true").stdout == ""
+    assert all(path.read_text() == text for path, text in written.items())
     assert "no checkpoint to measure" in run(config("none"), "--set", "test_only=true", status=2).stderr
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from tests import tiny
 from utils.errors import UserError
+from utils.logger import log
 
 TRAIN, TEST = 4, 3  # videos a class; 6 test videos in 2 classes, 8 training videos
 CLASSES = ("HandstandPushups", "Pour (it) & go!")
@@ -77,8 +78,13 @@ def run_here(script: str, *arguments: object) -> None:
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
     no_gpu = mock.patch("torch.cuda.device_count", return_value=0)
-    with no_gpu, mock.patch.object(sys, "argv", [script, *map(str, arguments)]):
-        module.main()
+    try:
+        with no_gpu, mock.patch.object(sys, "argv", [script, *map(str, arguments)]):
+            module.main()
+    finally:  # as at the end of a process: its log is closed, and with that the lock on its folder is gone
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
 
 
 def results(folder: Path, script: str, *arguments: object, launcher: tuple = ()) -> dict:
