@@ -147,11 +147,10 @@ def evaluate_fold(
     hash_after = encoder.check()
     if not is_main():
         return {}
-    facts = evaluation.describe(args, cfg, model_cfg, fold, "linear") | {
+    facts = evaluation.describe(args, cfg, model_cfg, fold, "linear")
+    facts |= evaluation.describe_videos(args, cfg, data, failures)
+    facts |= {
         "encoder": {"weights": weights, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
-        "few_shot": evaluation.describe_few_shot(args, cfg, [data.train.name(row) for row in data.chosen]),
-        "missing": data.missing,
-        "unreadable": failures.names,
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)

@@ -99,13 +99,9 @@ def evaluate_fold(
     writer.close()
     if not is_main():
         return {}
-    facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune") | {
-        "encoder": {"weights": weights, "hash": fingerprint},
-        "few_shot": evaluation.describe_few_shot(args, cfg, [data.train.name(row) for row in data.chosen]),
-        "missing": data.missing,
-        "unreadable": failures.names,
-        "recipe": recipe,
-    }
+    facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune")
+    facts |= evaluation.describe_videos(args, cfg, data, failures)
+    facts |= {"encoder": {"weights": weights, "hash": fingerprint}, "recipe": recipe}
     return finish_evaluation(folder, facts, outcome)
 
 

@@ -155,8 +155,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             last_step, stopping = step == batches.steps - 1, stop.on_any_rank()
             if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
                 guard.check()
-                figures = averages.read() | {"lr": rate, "q": criterion.q_at(epoch)} | clock.read()
-                figures["grad_norm"] = grad_norm.item()
+                figures = averages.read() | {"lr": rate, "grad_norm": grad_norm.item()} | clock.read()
+                figures["q"] = criterion.q_at(epoch)
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
                 if stopping or (not last_step and any_rank(checkpoints.due())):

@@ -4,7 +4,6 @@ A video shorter than a clip gives a clip that starts with it and repeats its las
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from datasets import sampling
 from datasets.decoding import DecodeError, VideoFile
-from datasets.manifest import manifest_of, missing_of
+from datasets.manifest import manifest_of, missing_of, size_and_time
 from datasets.preprocessing import draw_video_augmentation, no_video_augmentation
 from datasets.video_dataset import ClipRecipe, VideoList, cut_out, epoch_order, read_frames, video_span
 from utils.errors import UserError
@@ -215,9 +214,7 @@ def data_fingerprint(*lists: VideoList) -> str:
         manifest = manifest_of(videos.root)
         for i in range(len(videos)):
             if manifest is None:
-                path = videos.path(i)
-                status = path.stat() if path.exists() else os.stat_result((0,) * 10)  # a broken link, say
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(size_and_time(videos.path(i)).encode())
             else:
                 digest.update(manifest.sources[videos.name(i)].encode())
     return digest.hexdigest()[:16]

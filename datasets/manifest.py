@@ -120,3 +120,12 @@ def append_rows(file: str | Path, rows: Iterable[Mapping]) -> Iterator[None]:
 def missing_of(manifest: Manifest, names: Sequence[str]) -> list[int]:
     """The places of the names that a manifest has no file for."""
     return [i for i, name in enumerate(names) if name not in manifest.sources]
+
+
+def size_and_time(file: Path) -> str:
+    """A file's size in bytes and its last change in ns: what tells one state of it from another; `absent` if it is."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:  # a broken link, say: whoever opens it says so
+        return "absent"
+    return f"{status.st_size} {status.st_mtime_ns}"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from datasets import folder, vggsound
 from datasets.contact_sheet import draw_contact_sheet
-from datasets.manifest import FILE, append_rows, read_rows, write_rows
+from datasets.manifest import FILE, append_rows, read_rows, size_and_time, write_rows
 from datasets.transcode import Facts
 from datasets.work_pool import TRY_AGAIN, run_jobs
 from utils.cli import at_least, run_script
@@ -129,8 +129,7 @@ def find_videos(dataset: str, raw: Path) -> Iterator[str]:
 
 def fingerprint(file: Path, recipe: str) -> str:
     """Says whether a prepared file is still that of this raw file and recipe."""
-    status = file.stat() if file.exists() else os.stat_result((0,) * 10)  # a broken link: an error of its own later
-    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {recipe}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{size_and_time(file)} {recipe}".encode()).hexdigest()[:16]
 
 
 def is_done(row: dict, source: str | None, out: Path | None) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import resource_tracker
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -371,24 +372,26 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     signal.signal(signal.SIGUSR1, default)
     messages = mp.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say ourselves who ended and why
-    asked, context = [], None  # signals that came to this process
+    asked, processes = [], []  # signals that came to this process, and whom they are passed on to
 
-    def pass_on(number: int, frame: object = None) -> None:
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
         asked.append(signal.Signals(number).name)
-        if context is not None:
-            _pass_on(number, context)
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
     context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)
+    processes += context.processes
     if asked:  # while there was nobody to pass it on to
-        _pass_on(signal.Signals[asked[0]], context)
+        pass_on(signal.Signals[asked[0]])
     try:
         while not context.join(grace_period=GRACE):
             pass
     except KeyboardInterrupt:  # of this process alone: from a terminal it goes to all
-        _pass_on(signal.SIGTERM, context)
-        for process in context.processes:
+        pass_on(signal.SIGTERM)
+        for process in processes:
             process.join(GRACE)
             process.kill()
         raise
@@ -404,12 +407,6 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     except mp.ProcessRaisedException as error:
         own_rank = plan.first_rank + error.error_index
         raise RunFailed(f"rank {own_rank} failed; the other processes of this node were stopped: {error}") from None
-
-
-def _pass_on(number: int, context: mp.ProcessContext) -> None:
-    for process in context.processes:
-        if process.is_alive():
-            os.kill(process.pid, number)
 
 
 def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, messages: mp.SimpleQueue) -> None:

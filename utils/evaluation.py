@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from utils.config import flatten, load_config, run_folder
 from utils.distributed import is_main
 from utils.errors import UserError
 from utils.logger import provenance, write_config
+
+if TYPE_CHECKING:
+    from datasets import FoldData
 
 log = logging.getLogger("avssrl")
 
@@ -249,8 +253,10 @@ def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, ki
     }
 
 
-def describe_few_shot(args: argparse.Namespace, cfg: dict, videos: list[str]) -> dict | None:
-    """The few-shot subset: ratio, seed and the videos themselves, so that they can be checked."""
-    if args.few_shot_ratio is None:
-        return None
-    return {"ratio": args.few_shot_ratio, "seed": cfg["few_shot_seed"], "videos": videos}
+def describe_videos(args: argparse.Namespace, cfg: dict, data: "FoldData", failures: Failures) -> dict:
+    """The videos of an evaluation, for its results: the few-shot subset by name, to be checked; what was left out."""
+    few_shot = None
+    if args.few_shot_ratio is not None:
+        videos = [data.train.name(row) for row in data.chosen]
+        few_shot = {"ratio": args.few_shot_ratio, "seed": cfg["few_shot_seed"], "videos": videos}
+    return {"few_shot": few_shot, "missing": data.missing, "unreadable": failures.names}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+from utils.errors import UserError, allowed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,8 +15,11 @@ def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
     Raises:
         UserError: it cannot be written, or its ending names no format that there is.
     """
+    formats, ending = figure.canvas.get_supported_filetypes(), Path(file).suffix[1:].lower()
+    if ending and ending not in formats:
+        raise UserError(f"{file}: could not be drawn: no format {ending}; {allowed(ending, formats)}")
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=dpi)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: could not be drawn: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{file}: could not be drawn: {error}") from None

@@ -42,24 +42,23 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
-        if alone:
-            _lock(handlers[0].stream, folder)
     if not quiet or not is_main():
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+    if is_main() and alone:
+        _lock(handlers[0].stream, folder)
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    """Hold a lock on this file until the process ends; where the file system knows none, none."""
+    """Hold a lock on this file until the process ends; where the file system knows none, a warning says so."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
         raise UserError(f"{folder}: another process is writing there; wait for its end, or stop it first") from None
-    except OSError:
-        pass
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s): see to it that no second run writes there", folder, error)
 
 
 def stage(title: str) -> None:
