@@ -47,7 +47,8 @@ def draw_contact_sheet(
 def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     with VideoFile(path) as video:
         info = video.info.video
-        seconds = min(info.duration or SECONDS, SECONDS)
+        start, end = video.span("video")
+        seconds = min(end - start, SECONDS)
         starts = info.start + (np.arange(FRAMES) + 0.5) * seconds / FRAMES
         fps = info.fps or 25.0
         frames = [video.read(video_start=start, video_seconds=1 / fps, fps=fps).frames[0] for start in starts]

@@ -29,7 +29,7 @@ class Run:
         from_start: bool,
     ) -> None:
         self.from_start = from_start
-        self.declared_end = info.start + (info.duration or math.inf)
+        self.declared_end = info.start + info.duration if info.duration else -math.inf  # -inf: not declared
         self.first = math.inf  # time of the first frame given out
         self.sample_rate = getattr(info, "sample_rate", 0)  # Hz
         self.packets: list[float] = []  # times of the packets with data
@@ -85,6 +85,13 @@ class Run:
     def covers(self, first: float) -> bool:
         """Whether decoding began at or before `first`."""
         return self.first <= first + SAME_TIME
+
+    def end(self) -> float:
+        """Where the data ends, seconds, found without decoding. Packets without times count as one frame each."""
+        number = sum(packet is not None for packet in self._demux())
+        if number and self._step and self.packets[0] == self.packets[-1]:
+            return self._start + number * self._step
+        return max(self.reach, self._start)
 
     def packets_within(self, start: float, stop: float) -> np.ndarray:
         """Times of the packets with data from `start` to `stop`, seconds."""

@@ -10,6 +10,7 @@ What happens at the borders:
 * Frames before the first or after the last one repeat the first or the last; samples outside the stream are zeros.
 * A stream may end up to `SLACK` seconds before its declared end. A clip that reaches further is a DecodeError, and so
   is one whose frames the decoder lost: a frame that lies `SLACK` seconds further from its target than some packet does.
+  Where no end is declared, the data's end is the stream's.
   A read without an end takes what can be decoded, if that is anything at all.
 * AVI stores no presentation times, and the demuxer's guesses run backwards with B-frames: there the time of a frame is
   the decoding time at which the decoder gives it out, as in FFmpeg's own tools. Elsewhere a frame without a time stamp
@@ -192,6 +193,21 @@ class VideoFile:
             clip.sample_rate = sample_rate or self.info.audio.sample_rate
             clip.waveform = self._read_audio(audio_start, audio_seconds, clip.sample_rate)
         return clip
+
+    def span(self, kind: str) -> tuple[float, float]:
+        """The seconds (start, end) that a stream covers, "video" or "audio".
+
+        As declared; where no end is declared (a recorded live stream, a bare elementary stream), up to where the
+        packets end, which are all read, but not decoded.
+
+        Raises:
+            DecodeError: there is no such stream that can be decoded.
+        """
+        self._require(kind)
+        info = getattr(self.info, kind)
+        if info.duration:
+            return info.start, info.start + info.duration
+        return info.start, next(self._runs(kind, -math.inf)).end()
 
     def frames(self) -> "Iterator[Timed]":
         """Every frame of the video as (time in seconds, PyAV's frame, not rotated), in the order of display.

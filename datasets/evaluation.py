@@ -15,7 +15,7 @@ from datasets import sampling
 from datasets.decoding import DecodeError, VideoFile
 from datasets.manifest import manifest_of, missing_of, size_and_time
 from datasets.preprocessing import draw_video_augmentation, no_video_augmentation
-from datasets.video_dataset import ClipRecipe, VideoList, cut_out, epoch_order, read_frames, video_span
+from datasets.video_dataset import ClipRecipe, VideoList, cut_out, epoch_order, read_frames
 from utils.errors import UserError
 
 PASS_BYTES = 256_000_000  # RGB pictures that one pass over a file may hold
@@ -73,7 +73,7 @@ class FreshClips(Dataset):
         augment = self.recipe.augment
         try:
             with VideoFile(self.videos.path(video)) as file:
-                start = sampling.anywhere(video_span(file), self.recipe.video_seconds, rng)
+                start = sampling.anywhere(file.span("video"), self.recipe.video_seconds, rng)
                 frames = read_frames(file, start, self.recipe, rng if augment else None)
         except DecodeError as error:
             return {"failures": [(self.videos.name(video), str(error))]}
@@ -104,7 +104,7 @@ class VideoClips(Dataset):
         clip_rngs = None
         try:
             with VideoFile(self.videos.path(index)) as file:
-                span = video_span(file)
+                span = file.span("video")
                 starts = [sampling.anywhere(span, recipe.video_seconds, rng) for _ in range(self.random)]
                 if self.even:
                     starts += sampling.evenly(span, recipe.video_seconds, self.even)

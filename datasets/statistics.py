@@ -16,7 +16,7 @@ from datasets import sampling
 from datasets.decoding import DecodeError, VideoFile
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
-from datasets.video_dataset import ClipRecipe, VideoList, audio_span, make_loader, read_waveform
+from datasets.video_dataset import ClipRecipe, VideoList, make_loader, read_waveform
 from utils.errors import UserError
 
 MOST_VIDEOS = 2000
@@ -39,7 +39,7 @@ class _Spectrograms(Dataset):
         rng = np.random.default_rng((0, video))
         try:
             with VideoFile(self.videos.path(video)) as file:
-                start = sampling.anywhere(audio_span(file), self.recipe.audio_seconds, rng)
+                start = sampling.anywhere(file.span("audio"), self.recipe.audio_seconds, rng)
                 waveform = read_waveform(file, start, self.recipe)
         except DecodeError as error:
             return str(error)

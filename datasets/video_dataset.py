@@ -188,14 +188,14 @@ class TrainingClips(Dataset):
         sample = {"index": video, "label": int(self.videos.labels[video])}
         with VideoFile(self.videos.path(video)) as file:
             if self.pairs:
-                span = video_span(file)
+                span = file.span("video")
                 for name, start in zip(
                     ("", "_2"), sampling.two_apart(span, self.recipe.video_seconds, rng), strict=True
                 ):
                     sample["frames" + name], sample["video_aug" + name] = self._frames(file, start, rng)
             else:
                 starts = sampling.audio_visual(
-                    video_span(file), audio_span(file), self.recipe.video_seconds, self.recipe.audio_seconds, rng
+                    file.span("video"), file.span("audio"), self.recipe.video_seconds, self.recipe.audio_seconds, rng
                 )
                 sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
                 sample["waveform"] = read_waveform(file, starts[1], self.recipe)
@@ -238,27 +238,11 @@ class EvenClips(Dataset):
         recipe = self.recipe
         sample = {"index": index, "label": int(self.videos.labels[index])}
         with VideoFile(self.videos.path(index)) as file:
-            spans = video_span(file), audio_span(file)
+            spans = file.span("video"), file.span("audio")
             starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
             sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
             sample["frames"] = torch.stack([read_frames(file, video, recipe) for video, _ in starts])
         return sample
-
-
-def video_span(file: VideoFile) -> sampling.Span:
-    """The seconds that the video stream covers. A file without one is a DecodeError."""
-    return _span(file, "video", file.info.video)
-
-
-def audio_span(file: VideoFile) -> sampling.Span:
-    """The seconds that the audio stream covers. A file without one is a DecodeError."""
-    return _span(file, "audio", file.info.audio)
-
-
-def _span(file: VideoFile, kind: str, stream: object) -> sampling.Span:
-    if stream is None:
-        raise DecodeError(f"{file.info.path}: has no {kind} stream, and one was asked for")
-    return stream.start, stream.start + stream.duration
 
 
 def read_frames(

@@ -96,15 +96,17 @@ def _make_video(
     pixels="yuv420p",
     rotation=0,
     options=None,
+    container_options=None,
 ):
     """Write a media file by PyAV; the container follows the name. Frame k shows `frame_index` k (mod 256).
 
     Frames lie at video_start + k / fps, or at `vfr_times` (seconds). The sound is `chirp` on the file's clock.
-    `audio_rate=None`: no audio. `options`: further options of the video encoder. Returns the path.
+    `audio_rate=None`: no audio. `options`: further options of the video encoder,
+    `container_options` of the muxer. Returns the path.
     """
     path = Path(path)
     times = vfr_times if vfr_times is not None else [video_start + k / fps for k in range(round(seconds * fps))]
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         feeds = []
         if video:
             feeds.append(_add_video(container, times, size, codec, gop, bframes, fps, pixels, options))

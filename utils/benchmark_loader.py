@@ -28,10 +28,8 @@ from datasets.video_dataset import (
     EpochBatches,
     TrainingClips,
     VideoList,
-    audio_span,
     collate,
     make_loader,
-    video_span,
 )
 from utils.benchmark_peers import installed
 from utils.benchmark_tools import table, write_json
@@ -153,7 +151,7 @@ def draw_clip(path: Path, recipe: ClipRecipe, rng: np.random.Generator) -> ClipP
     """A clip as pre-training would draw it."""
     with VideoFile(path) as file:
         starts = sampling.audio_visual(
-            video_span(file), audio_span(file), recipe.video_seconds, recipe.audio_seconds, rng
+            file.span("video"), file.span("audio"), recipe.video_seconds, recipe.audio_seconds, rng
         )
         height, width = file.info.video.height, file.info.video.width
     top, left, h, w = sampling.random_resized_crop(height, width, recipe.area, recipe.aspect, rng)

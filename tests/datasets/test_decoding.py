@@ -340,6 +340,27 @@ def test_probe_tells_streams_without_decoding(tmp_path, make_video, monkeypatch)
     assert (info.audio.sample_rate, info.audio.channels) == (16000, 1)
 
 
+@pytest.mark.parametrize("name", ["live.mkv", "bare.h264"])
+def test_without_a_declared_end_a_stream_ends_with_its_data(tmp_path, make_video, frame_index, monkeypatch, name):
+    live = name == "live.mkv"
+    path = make_video(
+        tmp_path / name,
+        seconds=3,
+        audio_rate=16000 if live else None,
+        container_options={"live": "1"} if live else None,
+    )
+    with VideoFile(path) as file:
+        assert file.info.video.duration == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_run.Run, "__iter__", None)
+            assert file.span("video") == pytest.approx((0, 3), abs=0.081)
+            if live:
+                assert file.span("audio") == pytest.approx((0, 3), abs=0.13)
+        frames = file.read(video_start=2, video_seconds=2, fps=5).frames  # as where the end is declared: repeated
+        assert [frame_index(frame) for frame in frames[:5]] == [50, 55, 60, 65, 70]
+        assert [frame_index(frame) for frame in frames[5:]] == [74] * 5
+
+
 def test_a_stream_that_is_missing(tmp_path, make_video):
     silent = make_video(tmp_path / "silent.mp4", audio_rate=None, seconds=0.4)
     deaf = make_video(tmp_path / "blind.m4a", video=False, seconds=0.4)
@@ -348,6 +369,8 @@ def test_a_stream_that_is_missing(tmp_path, make_video):
         with pytest.raises(DecodeError, match="no (audio|video) stream") as caught:
             read_clip(path, **arguments)
         assert str(path) in str(caught.value)
+    with VideoFile(silent) as file, pytest.raises(DecodeError, match="no audio stream"):
+        file.span("audio")
 
 
 def test_cover_art_is_no_video(tmp_path):

@@ -140,7 +140,7 @@ def test_a_bad_video_is_replaced_by_the_same_other_one_and_named(videos):
         else:
             assert sample["index"] < 4
             name, reason = sample["failures"][0]
-            assert name == videos.name(video) and ("has no audio" in reason) == (video == 5)
+            assert name == videos.name(video) and ("no audio stream" in reason) == (video == 5)
     batch = collate([clips[0, position] for position in range(len(clips))])
     assert len(batch["index"]) == len(clips) and len(batch["failures"]) >= 4
 
@@ -166,6 +166,12 @@ def test_even_windows_leave_out_what_cannot_be_read(videos):
     batch = collate_readable([clips[i] for i in range(6)])
     assert batch["index"].tolist() == [0, 1, 2, 3] and len(batch["failures"]) == 2
     assert set(collate_readable([clips[4]])) == {"failures"}
+
+
+def test_clips_of_a_recorded_live_stream_come_from_all_of_it(tmp_path, make_video):
+    make_video(tmp_path / "live.mkv", audio_rate=None, container_options={"live": "1"})
+    sample = TrainingClips(VideoList(tmp_path, ["live.mkv"]), RECIPE, 1, seed=0, pairs=True)[0, 0]
+    assert not torch.equal(sample["frames"], sample["frames_2"])
 
 
 class FrozenObjects(torch.utils.data.Dataset):
