@@ -30,13 +30,14 @@ from datasets.transcode import Facts
 from datasets.work_pool import TRY_AGAIN, run_jobs
 from utils.cli import at_least, run_script
 from utils.errors import UserError
+from utils.files import lock
 from utils.processes import cores
 
 LISTS = {  # what belongs to a data set beside its videos
     "vggsound": ("vggsound.csv",),
     "ucf101": ("ucfTrainTestlist",),
     "hmdb51": ("splits", "testTrainMulti_7030_splits"),
-    "folder": ("*.csv",),
+    "folder": ("**/*.csv",),
 }
 SHORT = 0.5  # seconds that a video may end before it declares to
 PART = "manifest-part-{}-of-{}.csv"
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Prepare what is missing of one shard, merge the parts that are there, and sum up."""
+    """Check the arguments, find the videos, and do one shard of them; one process at a time."""
     raw, out = Path(args.root), Path(args.out) if args.out else None
     shard, shards = _shard(args.shard)
     fps = None if args.fps == "keep" else _positive(args.fps)
@@ -76,38 +77,58 @@ def prepare(args: argparse.Namespace) -> None:
     if not names:
         raise UserError(f"--root {raw}: no video found for {args.dataset}; looked for {' '.join(folder.ENDINGS)}")
     report = out or Path.cwd() / f"check-{raw.resolve().name}"
+    part = report / PART.format(shard, shards)
+    locked = report / f".{part.name}.lock"
     try:
         report.mkdir(parents=True, exist_ok=True)
+        locked.touch()
     except OSError as error:
-        raise UserError(f"{report}: cannot be made: {error}") from None
-    part = report / PART.format(shard, shards)
+        raise UserError(f"{report}: cannot be written to: {error}") from None
+    with locked.open("a") as held:
+        lock(held, part)
+        write_shard(args, names, (shard, shards), fps, report)
+        sum_up(report, part, raw if out is None else out)
+
+
+def write_shard(
+    args: argparse.Namespace, names: list[str], shard: tuple[int, int], fps: float | None, report: Path
+) -> None:
+    """Prepare what is missing of one shard, its part of the manifest in `report`, and merge the parts."""
+    raw, out = Path(args.root), Path(args.out) if args.out else None
+    part = report / PART.format(*shard)
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
     prints = {name: fingerprint(raw / name, recipe) for name in names}
     known = collect_rows(report, prints, out)
-    own = names[shard - 1 :: shards]
+    own = names[shard[0] - 1 :: shard[1]]
     rows = {name: known[name] for name in own if name in known}
     if out is not None:
         copy_lists(args.dataset, raw, out)
 
     labels = label_of(args.dataset, raw, names)
     todo = [name for name in own if name not in rows]
-    print(f"{len(names)} videos below {raw}, shard {shard} of {shards}: {len(rows)} done before, {len(todo)} to do")
+    print(
+        f"{len(names)} videos below {raw}, shard {shard[0]} of {shard[1]}: {len(rows)} done before, {len(todo)} to do"
+    )
     jobs = [(name, (raw / name, out and out / name, args.short_side, fps)) for name in todo]
     write_rows(part, rows.values())
     outcomes = run_jobs(jobs, args.workers, args.time_limit)
     done = (row_of(name, labels[name], outcome, prints[name]) for name, outcome in outcomes)
     for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
-    merge_parts(report, prints, out, part if shards == 1 else None)
+    merge_parts(report, prints, out, part if shard[1] == 1 else None)
     if out is not None:
         clear_leftovers(out, args.time_limit)
+
+
+def sum_up(report: Path, part: Path, videos: Path) -> None:
+    """Write and print the summary, and draw the contact sheet of the videos below `videos`."""
     rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
     summary = summarise(list(rows.values()))
     (report / "summary.txt").write_text(summary)
     print(summary, end="")
     readable = [row for row in rows.values() if not row["error"]]
     if readable:
-        draw_contact_sheet(out or raw, [row["path"] for row in readable], report / "contact-sheet.png")
+        draw_contact_sheet(videos, [row["path"] for row in readable], report / "contact-sheet.png")
         print(f"pictures: {report / 'contact-sheet.png'}")
 
 
@@ -164,11 +185,12 @@ def copy_lists(dataset: str, raw: Path, out: Path) -> None:
     """Copy the lists and labels that belong to the data set."""
     for pattern in LISTS[dataset]:
         for source in raw.glob(pattern):
+            target = out / source.relative_to(raw)
             if source.is_dir():
-                shutil.copytree(source, out / source.name, dirs_exist_ok=True)
+                shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.name != FILE:
-                out.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, out / source.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
 
 
 def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:

@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process at a time."""
 
+import fcntl
+import logging
 import os
 from pathlib import Path
+from typing import TextIO
 
 from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
 
 
 def write_whole(file: Path, text: str, errors: str = "strict") -> None:
@@ -22,3 +27,17 @@ def write_whole(file: Path, text: str, errors: str = "strict") -> None:
         os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file}: could not be written: {error}") from None
+
+
+def lock(file: TextIO, place: Path) -> None:
+    """Hold a lock on an open file until it is closed; where the file system knows none, a warning says so.
+
+    Raises:
+        UserError: another process holds it, who writes to `place`.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{place}: another process is writing there; wait for its end, or stop it first") from None
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s): see to it that no second process writes there", place, error)

@@ -1,6 +1,5 @@
 """What a run tells: the log, progress lines, metrics for TensorBoard and metrics.jsonl, and where it came from."""
 
-import fcntl
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import yaml
@@ -20,7 +18,7 @@ import yaml
 from utils.config import run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import lock, write_whole
 from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
@@ -48,17 +46,7 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     if is_main() and alone:
-        _lock(handlers[0].stream, folder)
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    """Hold a lock on this file until the process ends; where the file system knows none, a warning says so."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another process is writing there; wait for its end, or stop it first") from None
-    except OSError as error:
-        log.warning("%s: cannot be locked (%s): see to it that no second run writes there", folder, error)
+        lock(handlers[0].stream, folder)
 
 
 def stage(title: str) -> None:

@@ -1,5 +1,6 @@
 """`python3 -m datasets.prepare` as a user runs it: killed, run again, in shards, on files that crash the decoder."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -128,6 +129,27 @@ def test_killed_and_run_again(make_video, tmp_path):
     assert sorted(p.name for p in out.glob("*.mp4")) == [f"{i:02d}.mp4" for i in range(20)]
     assert not (out / ".03.mp4.1.tmp").exists(), "a killed worker's"
     assert (out / ".04.mp4.2.tmp").exists(), "another shard's, which may be writing to it"
+
+
+def test_a_second_process_of_one_shard_is_refused(raw, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "datasets.prepare", "vggsound", "--root", str(raw), "--out", str(out)]
+    with (out / f".{PART.format(1, 1)}.lock").open("a") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        ended = subprocess.run(command, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
+    assert ended.returncode == 2 and "another process is writing there" in ended.stderr
+    assert not (out / PART.format(1, 1)).exists()
+
+
+def test_labels_in_a_subfolder_come_along(make_video, tmp_path, monkeypatch):
+    (tmp_path / "raw/a").mkdir(parents=True)
+    make_video(tmp_path / "raw/a/0.mp4", seconds=0.4)
+    (tmp_path / "raw/a/labels.csv").write_text("file,kind\na/0.mp4,one\n")
+    prepare(monkeypatch, "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1)
+    settings = {"labels": "a/labels.csv"}
+    lists = [build_videos(dataset(tmp_path / side, "folder") | settings, "all") for side in ("raw", "out")]
+    assert lists[0].classes == lists[1].classes == ("one",)
 
 
 def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
