@@ -10,3 +10,15 @@ def spread(unit: torch.Tensor) -> torch.Tensor:
     It is the mean over dimensions of the standard deviation over rows, times sqrt(D); a 0-dim tensor.
     """
     return unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def effective_dims(unit: torch.Tensor) -> torch.Tensor:
+    """Along how many directions unit rows `(N, D)` differ: 1 on a line, at most min(N - 1, D), 0 where all are one.
+
+    It is the participation ratio of the covariance's eigenvalues l, (sum of l)^2 / (sum of l^2); a 0-dim tensor.
+    """
+    centred = unit - unit.mean(dim=0)
+    gram = centred @ centred.T  # has the covariance's eigenvalues but for a factor
+    tiny = torch.finfo(gram.dtype).tiny
+    return gram.diagonal().sum().square() / gram.square().sum().clamp_min(tiny)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from criterions.stats import spread
+from criterions.stats import effective_dims, spread
 from utils.distributed import gather_with_grad, world_size
 from utils.errors import UserError
 
@@ -22,7 +22,8 @@ class VICLoss(nn.Module):
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
     device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` and `neg_cos`
     (mean cosine of x with its own y and with the others'; until something is learned they are alike) and
-    `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere).
+    `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere) and `video_dims`, `audio_dims`
+    (how many directions they use).
     """
 
     def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0) -> None:
@@ -74,4 +75,11 @@ def _measure(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     n, positive = len(x), (x * y).sum(dim=1).mean()
     negative = ((x.sum(dim=0) * y.sum(dim=0)).sum() - n * positive) / (n * max(1, n - 1))
-    return {"pos_cos": positive, "neg_cos": negative, "video_spread": spread(x), "audio_spread": spread(y)}
+    return {
+        "pos_cos": positive,
+        "neg_cos": negative,
+        "video_spread": spread(x),
+        "audio_spread": spread(y),
+        "video_dims": effective_dims(x),
+        "audio_dims": effective_dims(y),
+    }

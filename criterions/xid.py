@@ -11,7 +11,7 @@ from torch import nn
 from criterions.memory_bank import MemoryBank
 from criterions.rince import RINCE
 from criterions.sharded_bank import ShardedMemoryBank
-from criterions.stats import spread
+from criterions.stats import effective_dims, spread
 from utils.distributed import gather, gather_with_grad, is_main, world_size
 from utils.errors import UserError
 
@@ -28,8 +28,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
     directions. After scoring, in training mode, the rows of the batch over all ranks take in the new embeddings.
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
     device: `pos_cos` and `neg_cos`, the mean cosine of queries with positive and with random negative rows (both
-    directions), and `video_spread`, `audio_spread` of the rank's batch (0 collapsed, 1 uniform on the sphere). Without
-    random negatives `neg_cos` is the mean over the live ones.
+    directions), and of the rank's batch `video_spread`, `audio_spread` (0 collapsed, 1 uniform on the sphere) and
+    `video_dims`, `audio_dims` (how many directions it uses). Without random negatives `neg_cos` is the mean over the
+    live ones.
 
     Args:
         num_instances: rows of the bank, one a training video.
@@ -181,6 +182,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             "neg_cos": negatives.where(there, 0).sum() / there.sum().clamp_min(1),
             "video_spread": spread(video),
             "audio_spread": spread(audio),
+            "video_dims": effective_dims(video),
+            "audio_dims": effective_dims(audio),
         }
 
 

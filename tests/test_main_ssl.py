@@ -51,7 +51,8 @@ def test_a_run_writes_what_it_promises(config):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["group"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 9))
-    assert {"loss", "lr", "q", "pos_cos", "neg_cos", "video_spread", "audio_spread", "grad_norm"} <= train[0].keys()
+    assert {"loss", "lr", "q", "pos_cos", "neg_cos", "grad_norm"} <= train[0].keys()
+    assert {f"{side}_{what}" for side in ("video", "audio") for what in ("spread", "dims")} <= train[0].keys()
     assert train[0]["lr"] == 0.001 and train[-1]["lr"] == 0.0005
     assert train[0]["q"] == 0.001 and train[-1]["q"] == 0.4
     assert [line["epoch"] for line in lines if line["group"] == "retrieval"] == [0, 1, 2]

@@ -270,7 +270,7 @@ class TrainingLog:
 
 def in_words(figures: Mapping[str, float]) -> str:
     """Figures in a line: `loss 1.234, lr 0.001, clips_per_s 25.1`."""
-    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
+    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%", "video_dims": ".1f", "audio_dims": ".1f"}
     return ", ".join(f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items())
 
 
