@@ -142,7 +142,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 first, second = prepare(batch)
                 with precision.autocast():
                     first_emb, second_emb = net(first, second)
-                loss = criterion(first_emb, second_emb)
+                loss = criterion(first_emb, second_emb, epoch + step / batches.steps)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})
             clock.count(len(batch["index"]) * world_size())
@@ -166,6 +166,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
                 guard.check()
                 figures = averages.read() | {"lr": rate, "grad_norm": grad_norm.item()} | clock.read()
+                figures["cov_coeff"] = criterion.cov_coeff_at(epoch + step / batches.steps)
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
                 if stopping or (checkpoints.due() and not last_step):

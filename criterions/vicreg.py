@@ -24,17 +24,46 @@ class VICLoss(nn.Module):
     (mean cosine of x with its own y and with the others'; until something is learned they are alike) and
     `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere) and `video_dims`, `audio_dims`
     (how many directions they use).
+
+    Args:
+        cov_coeff: the first epochs' if the next two are given.
+        cov_coeff_max, cov_ramp: let it rise, by the same factor in every step, from `cov_coeff` at epoch `cov_ramp[0]`
+            to this at epoch `cov_ramp[1]`. Not in the paper: in small batches a heavy term keeps anything from being
+            learned, and under a light one a few directions carry all (notebooks/xid-on-grid.md).
     """
 
-    def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0) -> None:
+    def __init__(
+        self,
+        sim_coeff: float = 25.0,
+        std_coeff: float = 25.0,
+        cov_coeff: float = 1.0,
+        cov_coeff_max: float | None = None,
+        cov_ramp: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
+        if (cov_coeff_max is None) != (cov_ramp is None):
+            raise UserError("loss.args.cov_coeff_max and loss.args.cov_ramp: give both, or neither")
+        if cov_coeff_max is not None and not cov_coeff:
+            raise UserError("loss.args.cov_coeff: expected a value above 0 to rise from to cov_coeff_max, found 0")
         self.sim_coeff = sim_coeff
         self.std_coeff = std_coeff
         self.cov_coeff = cov_coeff
+        self.cov_coeff_max = cov_coeff_max
+        self.cov_ramp = cov_ramp
         self.stats: dict[str, torch.Tensor] = {}
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def cov_coeff_at(self, epoch: float) -> float:
+        """The covariance term's coefficient, so many epochs (and parts of one) into the run."""
+        if self.cov_coeff_max is None:
+            return self.cov_coeff
+        first, last = self.cov_ramp
+        share = min(1.0, max(0.0, (epoch - first) / (last - first)))
+        return self.cov_coeff * (self.cov_coeff_max / self.cov_coeff) ** share
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, epoch: float = 0.0) -> torch.Tensor:
         """The rank's loss of embeddings x and y (N, D), a scalar. Every rank must come with the same N.
+
+        `epoch` is for `cov_ramp`: how many epochs, and parts of one, the run has done.
 
         Raises:
             UserError: only one row over all ranks, which has no variance.
@@ -50,7 +79,7 @@ class VICLoss(nn.Module):
             std_y, cov_y = _variance_and_covariance_terms(gather_with_grad(y))
             sim, std, cov = F.mse_loss(x, y), (std_x + std_y) / 2, cov_x + cov_y
             self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(x, y)}
-            return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff * cov
+            return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff_at(epoch) * cov
 
 
 def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
