@@ -16,7 +16,8 @@ def spread(unit: torch.Tensor) -> torch.Tensor:
 def effective_dims(unit: torch.Tensor) -> torch.Tensor:
     """Along how many directions unit rows `(N, D)` differ: 1 on a line, at most min(N - 1, D), 0 where all are one.
 
-    It is the participation ratio of the covariance's eigenvalues l, (sum of l)^2 / (sum of l^2); a 0-dim tensor.
+    It is the participation ratio of the covariance's eigenvalues l, (sum of l)^2 / (sum of l^2); a 0-dim tensor. Of
+    rows that differ by rounding alone it is that of the rounding: look at `spread` first.
     """
     centred = unit - unit.mean(dim=0)
     gram = centred @ centred.T  # has the covariance's eigenvalues but for a factor

@@ -46,16 +46,15 @@ def draw_contact_sheet(
 
 def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     with VideoFile(path) as video:
-        info = video.info.video
         start, end = video.span("video")
         seconds = min(end - start, SECONDS)
-        starts = info.start + (np.arange(FRAMES) + 0.5) * seconds / FRAMES
-        fps = info.fps or 25.0
-        frames = [video.read(video_start=start, video_seconds=1 / fps, fps=fps).frames[0] for start in starts]
+        starts = start + (np.arange(FRAMES) + 0.5) * seconds / FRAMES
+        fps = video.info.video.fps or 25.0
+        frames = [video.read(video_start=time, video_seconds=1 / fps, fps=fps).frames[0] for time in starts]
         sound = np.empty(0)
         if video.info.audio is not None:
             try:
-                sound = video.read(audio_start=info.start, audio_seconds=seconds, sample_rate=SAMPLE_RATE).waveform
+                sound = video.read(audio_start=start, audio_seconds=seconds, sample_rate=SAMPLE_RATE).waveform
             except DecodeError:
                 pass  # the manifest calls it broken; the picture shows no sound
     return np.stack(frames), sound, seconds

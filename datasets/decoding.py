@@ -10,8 +10,8 @@ What happens at the borders:
 * Frames before the first or after the last one repeat the first or the last; samples outside the stream are zeros.
 * A stream may end up to `SLACK` seconds before its declared end. A clip that reaches further is a DecodeError, and so
   is one whose frames the decoder lost: a frame that lies `SLACK` seconds further from its target than some packet does.
-  Where no end is declared, the data's end is the stream's.
-  A read without an end takes what can be decoded, if that is anything at all.
+  Where no end is declared, the data's end is the stream's. A read without an end takes what can be decoded, if that is
+  anything at all.
 * AVI stores no presentation times, and the demuxer's guesses run backwards with B-frames: there the time of a frame is
   the decoding time at which the decoder gives it out, as in FFmpeg's own tools. Elsewhere a frame without a time stamp
   takes its decoding time, and without that, the time of the frame before plus one frame.

@@ -86,16 +86,15 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"{report}: cannot be written to: {error}") from None
     with locked.open("a") as held:
         lock(held, part)
-        write_shard(args, names, (shard, shards), fps, report)
-        sum_up(report, part, raw if out is None else out)
+        write_shard(args, names, (shard, shards), fps, part)
+        sum_up(part, raw if out is None else out)
 
 
 def write_shard(
-    args: argparse.Namespace, names: list[str], shard: tuple[int, int], fps: float | None, report: Path
+    args: argparse.Namespace, names: list[str], shard: tuple[int, int], fps: float | None, part: Path
 ) -> None:
-    """Prepare what is missing of one shard, its part of the manifest in `report`, and merge the parts."""
-    raw, out = Path(args.root), Path(args.out) if args.out else None
-    part = report / PART.format(*shard)
+    """Prepare what is missing of a shard (number, of how many), write `part` of the manifest, and merge the parts."""
+    raw, out, report = Path(args.root), Path(args.out) if args.out else None, part.parent
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
     prints = {name: fingerprint(raw / name, recipe) for name in names}
     known = collect_rows(report, prints, out)
@@ -120,8 +119,9 @@ def write_shard(
         clear_leftovers(out, args.time_limit)
 
 
-def sum_up(report: Path, part: Path, videos: Path) -> None:
-    """Write and print the summary, and draw the contact sheet of the videos below `videos`."""
+def sum_up(part: Path, videos: Path) -> None:
+    """Write and print the summary beside `part`, and draw the contact sheet of the videos below `videos`."""
+    report = part.parent
     rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
     summary = summarise(list(rows.values()))
     (report / "summary.txt").write_text(summary)

@@ -101,8 +101,8 @@ def _make_video(
     """Write a media file by PyAV; the container follows the name. Frame k shows `frame_index` k (mod 256).
 
     Frames lie at video_start + k / fps, or at `vfr_times` (seconds). The sound is `chirp` on the file's clock.
-    `audio_rate=None`: no audio. `options`: further options of the video encoder,
-    `container_options` of the muxer. Returns the path.
+    `audio_rate=None`: no audio. `options`: further options of the video encoder, `container_options`
+    of the muxer. Returns the path.
     """
     path = Path(path)
     times = vfr_times if vfr_times is not None else [video_start + k / fps for k in range(round(seconds * fps))]

@@ -21,14 +21,16 @@ def final(folder, name):
 
 
 def test_a_run_logs_each_term(tmp_path, videos):
-    file = write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1)
+    growing = {"cov_coeff": 0.1, "cov_coeff_max": 1.6, "cov_ramp": [0, 2]}
+    file = write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1, loss__args=growing)
     output = run(file, script=SCRIPT).stdout
     assert "VICRegWrapper" in output and "held out, after 2 epochs" in output
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
     train = [line for line in map(json.loads, lines) if line["group"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 9))
     for line in train:
-        weighted = 25 * line["sim"] + 25 * line["std"] + line["cov"]
+        assert line["cov_coeff"] == pytest.approx(0.1 * 16 ** ((line["step"] - 1) / 8))
+        weighted = 25 * line["sim"] + 25 * line["std"] + line["cov_coeff"] * line["cov"]
         assert line["loss"] == pytest.approx(weighted, rel=1e-4)
     kept = sorted(path.name for path in (tmp_path / "runs/tiny").glob("checkpoint-ep*"))
     assert kept == ["checkpoint-ep1.pth.tar", "checkpoint-ep2.pth.tar"]  # a milestone, and the last one
