@@ -52,6 +52,12 @@ class VICLoss(nn.Module):
         self.cov_ramp = cov_ramp
         self.stats: dict[str, torch.Tensor] = {}
 
+    def extra_repr(self) -> str:
+        cov = f"{self.cov_coeff:g}"
+        if self.cov_coeff_max is not None:
+            cov += f" to {self.cov_coeff_max:g} over epochs {self.cov_ramp[0]:g} to {self.cov_ramp[1]:g}"
+        return f"sim {self.sim_coeff:g}, std {self.std_coeff:g}, cov {cov}"
+
     def cov_coeff_at(self, epoch: float) -> float:
         """The covariance term's coefficient, so many epochs (and parts of one) into the run."""
         if self.cov_coeff_max is None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.tiny import REPO, differences, needs_gpu, run, write_config
+from tests.tiny import PYTHONPATH, REPO, differences, needs_gpu, run, write_config
 from utils import checkpoint
 from utils.benchmark_forms import Form, Step, synthetic_batch
 from utils.config import load_config
@@ -22,7 +22,7 @@ from utils.stopping import NonFiniteGuard, RunFailed
 from utils.sync_bn import synchronise_bn
 
 pytestmark = needs_gpu
-ENV = {**os.environ, "PYTHONPATH": str(REPO)}
+ENV = {**os.environ, "PYTHONPATH": PYTHONPATH}
 
 
 def small_step(method: str, precision: str, compiled: bool) -> Step:

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+PYTHONPATH = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))  # PyAV may come by the second
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 LOSSES = {"main-ssl.py": {"name": "xID", "args": {"num_negatives": 6}}, "main-vicreg.py": {"name": "VICLoss"}}
 HEADS = {"main-ssl.py": ("av_wrapper", "proj_dim"), "main-vicreg.py": ("vicreg_wrapper", "exp_dim")}
