@@ -60,10 +60,11 @@ def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)
     """Share of queries, in percent, whose own item is among the k most similar of the gallery: R@k.
 
     Query i's own item is gallery row i. Both are (items, windows, D); the similarity of two items is the sum over the
-    windows of the cosines. Ties, and NaN, count against the query, so that collapsed embeddings do not look good.
+    windows of the cosines, in float64 whatever the autocast: rounded, near items would tie. Ties, and NaN, count
+    against the query, so that collapsed embeddings do not look good.
     """
-    queries = torch.nn.functional.normalize(queries.float(), dim=2)
-    gallery = torch.nn.functional.normalize(gallery.float(), dim=2)
+    queries = torch.nn.functional.normalize(queries.double(), dim=2)
+    gallery = torch.nn.functional.normalize(gallery.double(), dim=2)
     similarity = torch.einsum("iwd,jwd->ij", queries, gallery)
     own = similarity.diagonal().unsqueeze(1)
     better = (~(similarity < own)).sum(1) - 1

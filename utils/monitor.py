@@ -35,8 +35,8 @@ class Monitor:
         """The figures after so many epochs, in percent, told in the log; empty on other ranks than 0."""
         if not is_main():
             return {}
-        with self.precision.autocast():
-            figures = held_out_figures(embed(self.model, self.held_out(), self.prepare))
+        embeddings = embed(self.model, self.held_out(), self.prepare, self.precision.autocast)
+        figures = held_out_figures(embeddings)
         log.info("held out, after %d epochs: %s", epoch, percentages(figures))
         return figures
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ NEIGHBOURS = 5
 
 @torch.no_grad()
 def embed(
-    model: nn.Module, batches: Iterable[dict], prepare: Callable[[dict], tuple[Tensor, Tensor]]
+    model: nn.Module,
+    batches: Iterable[dict],
+    prepare: Callable[[dict], tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
     """Embed the windows of every readable video that `batches` (of `EvenClips`) brings, in eval mode, on the CPU.
 
@@ -28,6 +32,7 @@ def embed(
     Args:
         model: `forward(video, audio)` to embeddings, with a backbone `video_model`.
         prepare: frames (M, T, H, W, 3) and waveforms (M, L) of a batch to network input on the model's device.
+        autocast: the context of a forward pass, as in training: neither `prepare` nor what is measured is in it.
 
     Returns:
         `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows, 512), `index` and
@@ -47,7 +52,9 @@ def embed(
                 continue
             videos, windows = batch["frames"].shape[:2]
             flat = {name: batch[name].flatten(0, 1) for name in ("frames", "waveform")}
-            video_emb, audio_emb = model.forward(*prepare(flat))  # not model(): no compilation for these shapes
+            video, audio = prepare(flat)
+            with autocast():
+                video_emb, audio_emb = model.forward(video, audio)  # not model(): no compilation for these shapes
             outputs = {"video": video_emb, "audio": audio_emb, "features": features.pop()}
             outputs = {name: x.float().view(videos, windows, -1).cpu() for name, x in outputs.items()}
             parts.append(outputs | {"index": batch["index"], "label": batch["label"]})

@@ -1,0 +1,44 @@
+"""What a run measures of itself, through the real Monitor, on embeddings made so that the answer is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.monitor import Monitor
+from utils.precision import Precision
+
+
+class Same(nn.Module):
+    """Embeddings are the network's input; notes whether it is called in autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.video_model = nn.Identity()
+
+    def forward(self, video, audio):
+        self.in_autocast = torch.is_autocast_enabled("cpu")
+        return self.video_model(video), audio
+
+
+def test_bf16_is_for_the_forward_pass_alone():
+    """Embeddings with much in common: similarities rounded to bf16 would tie, and ties count against the query."""
+    generator = torch.Generator().manual_seed(0)
+    video = 1 + 0.3 * torch.randn(100, 2, 64, generator=generator)
+    audio = video + 0.7 * torch.randn(100, 2, 64, generator=generator)
+    unknown = torch.full((100,), -1)
+    batch = {"frames": video, "waveform": audio, "index": torch.arange(100), "label": unknown, "failures": []}
+    model, device = Same(), torch.device("cpu")
+
+    def prepare(batch):
+        assert not torch.is_autocast_enabled("cpu")
+        return batch["frames"], batch["waveform"]
+
+    found = Monitor({"monitor_every": 1}, model, prepare, lambda: [batch], Precision("bf16", device)).measure(1)
+    assert model.in_autocast
+
+    video, audio = (nn.functional.normalize(x.double(), dim=2) for x in (video, audio))
+    cosines = sum(video[:, window] @ audio[:, window].T for window in range(2))
+    better = (cosines > cosines.diagonal()[:, None]).sum(1)
+    assert 10 < (better < 1).sum() < 90  # neither hopeless nor trivial
+    for k in (1, 5, 10):
+        assert found[f"v2a_R@{k}"] == pytest.approx((100 * (better < k)).double().mean().item())
