@@ -53,5 +53,6 @@ def build_criterion(
             raise UserError(f"loss.args.{key}: unknown key for {name}; {allowed(key, known)}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and args.get(key) is None:
-            raise UserError(f"loss.args.{key}: missing, {name} needs a number; add it to the YAML")
+            where = "build_criterion's argument of that name" if key == "embedding_dim" else "the YAML, or an argument"
+            raise UserError(f"loss.args.{key}: missing, {name} needs a number; give it by {where}")
     return CRITERIONS[name](**args).to(device or "cpu")

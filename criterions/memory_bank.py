@@ -101,8 +101,8 @@ class MemoryBank(nn.Module):
     ) -> torch.Tensor:
         """Unit vectors `(N, s + s_prime, D)` mixed from each query's `num_hard` nearest rows of `bank`.
 
-        The first `s` mix two of those rows, by a coefficient in (0, 1); the others mix the query with one of them, the
-        query's share in (0, 0.5). No gradient flows through a mix, not through the query's share either. Kalantidis et
+        The first `s` mix two of those rows, by a coefficient in [0, 1); the others mix the query with one of them, the
+        query's share in [0, 0.5). No gradient flows through a mix, not through the query's share either. Kalantidis et
         al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), NeurIPS 2020.
         """
         hard = self.sample_hard_negatives(emb, index, num_hard, bank)

@@ -26,10 +26,14 @@ class VICLoss(nn.Module):
     (how many directions they use).
 
     Args:
+        sim_coeff, std_coeff: 0 or above, as is the next.
         cov_coeff: the first epochs' if the next two are given.
         cov_coeff_max, cov_ramp: let it rise, by the same factor in every step, from `cov_coeff` at epoch `cov_ramp[0]`
             to this at epoch `cov_ramp[1]`. Not in the paper: in small batches a heavy term keeps anything from being
             learned, and under a light one a few directions carry all (notebooks/xid-on-grid.md).
+
+    Raises:
+        UserError: one of `cov_coeff_max` and `cov_ramp` without the other, or a growth from or to 0.
     """
 
     def __init__(
@@ -43,8 +47,10 @@ class VICLoss(nn.Module):
         super().__init__()
         if (cov_coeff_max is None) != (cov_ramp is None):
             raise UserError("loss.args.cov_coeff_max and loss.args.cov_ramp: give both, or neither")
-        if cov_coeff_max is not None and not cov_coeff:
-            raise UserError("loss.args.cov_coeff: expected a value above 0 to rise from to cov_coeff_max, found 0")
+        if cov_coeff_max is not None and not (cov_coeff > 0 and cov_coeff_max > 0):
+            raise UserError(
+                f"loss.args.cov_coeff, cov_coeff_max: expected both above 0, found {cov_coeff:g} and {cov_coeff_max:g}"
+            )
         self.sim_coeff = sim_coeff
         self.std_coeff = std_coeff
         self.cov_coeff = cov_coeff

@@ -175,7 +175,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
     @torch.no_grad()
     def _measure(self, video: torch.Tensor, audio: torch.Tensor, v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
-        negatives = torch.stack([cosines[:, : self.num_negatives or None] for _, cosines in (v2a, a2v)])
+        # random ones come first, live ones last, and hard ones between them
+        wanted = slice(self.num_negatives) if self.num_negatives else slice(-len(video) * world_size(), None)
+        negatives = torch.stack([cosines[:, wanted] for _, cosines in (v2a, a2v)])
         there = negatives > -torch.inf  # a clip's own among the live ones is left out
         return {
             "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,

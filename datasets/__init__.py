@@ -21,7 +21,7 @@ from datasets.video_dataset import (
     collate_readable,
     make_loader,
 )
-from utils.distributed import rank, world_size
+from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 
 MONITOR_VIDEOS = 200  # held-out videos that pre-training measures itself on
@@ -86,8 +86,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
             f"dataset.batch_size: {data['batch_size']} is more than the {len(clips)} clips of an epoch "
             f"({len(videos)} videos x {train['clips_per_video']}); lower it, or raise train.clips_per_video"
         )
-    workers = -(-cfg["num_workers"] // world_size())
-    return make_loader(clips, workers, device, batch_sampler=batches)
+    return make_loader(clips, _workers(cfg), device, batch_sampler=batches)
 
 
 def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_VIDEOS) -> DataLoader:
@@ -115,7 +114,11 @@ def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tupl
 
 @dataclass(frozen=True)
 class FoldData:
-    """The videos of one fold. `chosen` are the rows of `train` to train on, `missing` the names of absent files."""
+    """The videos of one fold.
+
+    `chosen` are the rows of `train` to train on, `parts` those classes that get a classifier each (all; or seen and
+    unseen ones), with their rows of `train` and `test`; `missing` the names of absent files.
+    """
 
     train: VideoList
     test: VideoList
@@ -193,7 +196,8 @@ def build_video_clips(
 
 
 def _workers(cfg: dict) -> int:
-    return -(-cfg["num_workers"] // world_size())
+    """This process' share of the node's workers."""
+    return -(-cfg["num_workers"] // local_world_size())
 
 
 __all__ = [

@@ -55,6 +55,11 @@ def world_size() -> int:
     return dist.get_world_size() if _has_group() else 1
 
 
+def local_world_size() -> int:
+    """How many of the run's processes are on this node: by torchrun's variable, which `launch` sets in its place."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _has_group() else 1
+
+
 def is_main() -> bool:
     """True in the one process that writes files and talks."""
     return rank() == 0
@@ -198,12 +203,14 @@ def _mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.fu
 class Processes:
     """The processes of a run as one of them, or the one that starts them, sees it.
 
-    `local` is the number of processes to start here, None where a launcher (torchrun, Slurm, a person) starts each.
+    `local` is the number of processes to start here, None where a launcher (torchrun, Slurm, a person) starts each;
+    `here` how many there are on this node, whoever starts them.
     """
 
     world_size: int
     first_rank: int  # the rank of this node's first process, or of this process
     local: int | None
+    here: int
     local_rank: int
     url: str
     backend: str
@@ -261,7 +268,9 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if torchrun:
         if nodes not in (None, 1, int(env["WORLD_SIZE"])):
             raise UserError(f"--world-size {nodes}: torchrun started {env['WORLD_SIZE']} processes; leave it out")
-        return Processes(int(env["WORLD_SIZE"]), int(env["RANK"]), None, int(env["LOCAL_RANK"]), "env://", backend)
+        world, own_rank, local_rank = (int(env[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        here = int(env.get("LOCAL_WORLD_SIZE", 1))
+        return Processes(world, own_rank, None, here, local_rank, "env://", backend)
     if not many:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks > 1 and "SLURM_PROCID" in env:
@@ -279,14 +288,14 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if nodes > 1 and options.dist_url is None:
         raise UserError(f"--world-size {nodes}: --dist-url tcp://HOST:PORT of the first node is needed")
     if not options.distributed:
-        return Processes(nodes, rank_here, None, 0, options.dist_url, backend)
+        return Processes(nodes, rank_here, None, 1, 0, options.dist_url, backend)
     local = options.nproc or gpus or 1
     if backend == "nccl" and local > gpus:
         raise UserError(
             f"--nproc {local}: nccl takes one process a GPU, and {gpus} are visible; or --dist-backend gloo"
         )
     url = options.dist_url or f"tcp://127.0.0.1:{_free_port()}"
-    return Processes(nodes * local, rank_here * local, local, 0, url, backend)
+    return Processes(nodes * local, rank_here * local, local, local, 0, url, backend)
 
 
 def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
@@ -295,7 +304,16 @@ def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
         port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
         url = f"tcp://{host}:{port}"
-    return Processes(tasks, int(env["SLURM_PROCID"]), None, int(env["SLURM_LOCALID"]), url, backend)
+    here = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), int(env.get("SLURM_NODEID", 0)))
+    return Processes(tasks, int(env["SLURM_PROCID"]), None, here, int(env["SLURM_LOCALID"]), url, backend)
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """A node's number of tasks by Slurm's list: in `8(x3),4` nodes 0 to 2 have 8, node 3 has 4; 1 where it is empty."""
+    counts = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node):
+        counts += [int(tasks)] * int(times or 1)
+    return counts[node] if node < len(counts) else 1
 
 
 def _first_host(nodelist: str) -> str:
@@ -323,6 +341,7 @@ def _single_device(gpu: int | None) -> torch.device:
 
 
 def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, args: tuple) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(plan.here)
     device = default_device()
     if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -7,11 +7,15 @@ from torch import nn
 
 
 def build_optimizer(optimizer: dict, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a configuration's `optimizer` section, in its fused form."""
+    """The optimizer of a configuration's `optimizer` section, in its fused form.
+
+    `sgd` takes the first of `betas` for its momentum, which is Nesterov's.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": optimizer["lr"]["base_lr"], "weight_decay": optimizer["weight_decay"], "fused": True}
     if optimizer["name"] == "sgd":
-        return torch.optim.SGD(parameters, momentum=optimizer["betas"][0], nesterov=True, **options)
+        momentum = optimizer["betas"][0]
+        return torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer["name"]]
     return kind(parameters, betas=tuple(optimizer["betas"]), **options)
 

@@ -12,8 +12,8 @@ class Precision:
     """Autocast, loss scaling and the optimizer's step under one of four precisions.
 
     Args:
-        name: `fp32` everywhere, `tf32` (float32 with the matrix units' rounding), `bf16` or `fp16` autocast; None
-            means `bf16` on a GPU and `fp32` on a CPU.
+        name: `fp32` everywhere, `tf32` (float32 with the matrix units' rounding), `bf16` or `fp16` autocast, in which
+            what stays in float32 (losses, mel filters) is not rounded; None means `bf16` on a GPU and `fp32` on a CPU.
         device: where the run takes place.
 
     Raises:
@@ -25,8 +25,8 @@ class Precision:
         self.device_type = device.type
         if self.name in ("tf32", "fp16") and device.type != "cuda":
             raise UserError(f"precision: {self.name} needs a GPU; on a CPU use fp32 or bf16")
-        torch.set_float32_matmul_precision("highest" if self.name == "fp32" else "high")
-        torch.backends.cudnn.allow_tf32 = self.name != "fp32"
+        torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.name == "tf32"
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager:

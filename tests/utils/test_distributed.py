@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from datasets import _workers
 from tests.tiny import ENV, TORCHRUN, wait_until
 from utils.cli import pretraining_parser
-from utils.distributed import _first_host, plan_processes
+from utils.distributed import _first_host, _run_one, _tasks_on_node, plan_processes, rank
 from utils.errors import UserError
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+SLURM_NODE = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
 
 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch):
     """No launcher's variables, and no GPU unless a test says so."""
-    for name in LAUNCHERS + SLURM:
+    for name in LAUNCHERS + SLURM + SLURM_NODE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
@@ -52,17 +54,18 @@ def test_several_nodes(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     words = ("--distributed", "--world-size", "4", "--rank", "2", "--dist-url", "tcp://first:5000")
     plan = plan_processes(options(*words))
-    assert (plan.world_size, plan.first_rank, plan.local, plan.backend) == (32, 16, 8, "nccl")
+    assert (plan.world_size, plan.first_rank, plan.local, plan.here, plan.backend) == (32, 16, 8, 8, "nccl")
     assert plan.url == "tcp://first:5000"
     plan = plan_processes(options(*words[1:]))  # a process started by hand on each node
-    assert (plan.world_size, plan.first_rank, plan.local) == (4, 2, None)
+    assert (plan.world_size, plan.first_rank, plan.local, plan.here) == (4, 2, None, 1)
 
 
 def test_torchrun(monkeypatch):
-    for name, value in zip(LAUNCHERS, ("5", "8", "1", "host", "1"), strict=True):
+    for name, value in zip(LAUNCHERS, ("5", "8", "1", "host", "1", "4"), strict=True):
         monkeypatch.setenv(name, value)
     plan = plan_processes(options())
-    assert (plan.world_size, plan.first_rank, plan.local, plan.local_rank, plan.url) == (8, 5, None, 1, "env://")
+    assert (plan.world_size, plan.first_rank, plan.local, plan.here) == (8, 5, None, 4)
+    assert (plan.local_rank, plan.url) == (1, "env://")
     with pytest.raises(UserError, match="torchrun started 8"):
         plan_processes(options("--world-size", "2"))
     with pytest.raises(UserError, match="--gpu 0"):
@@ -75,6 +78,9 @@ def test_slurm(monkeypatch):
     plan = plan_processes(options())
     assert (plan.world_size, plan.first_rank, plan.local, plan.local_rank) == (8, 5, None, 1)
     assert plan.url == "tcp://gpu007:34567"
+    for name, value in zip(SLURM_NODE, ("2(x3),3", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert plan_processes(options()).here == 3
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script: the options decide
     assert plan_processes(options()) is None
 
@@ -85,6 +91,29 @@ def test_slurm(monkeypatch):
 )
 def test_first_host_of_a_slurm_list(nodes, host):
     assert _first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "count"), [("8(x4)", 3, 8), ("8(x3),4", 2, 8), ("8(x3),4", 3, 4), ("2,1", 1, 1), ("", 0, 1)]
+)
+def test_tasks_on_a_node_of_a_slurm_list(tasks, node, count):
+    assert _tasks_on_node(tasks, node) == count
+
+
+def _count_workers(device, folder: Path) -> None:
+    (folder / f"{rank()}").write_text(str(_workers({"num_workers": 64})))
+
+
+def _rank_of_two_nodes(own_rank: int, folder: Path) -> None:
+    words = ("--distributed", "--nproc", "2", "--world-size", "2", "--rank", own_rank // 2)
+    plan = plan_processes(options(*map(str, words), "--dist-url", f"file://{folder}/store"))
+    _run_one(plan, own_rank, own_rank % 2, _count_workers, (folder,))
+
+
+def test_a_node_s_workers_are_shared_by_its_own_processes_alone(tmp_path, monkeypatch, run_ranks):
+    """Two nodes of two processes: each gets half of its node's 64, not a quarter."""
+    run_ranks(_rank_of_two_nodes, 4, tmp_path)
+    assert [(tmp_path / f"{r}").read_text() for r in range(4)] == ["32"] * 4
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", str(2**63), "x"])

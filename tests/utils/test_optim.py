@@ -46,6 +46,17 @@ def test_steps_are_those_of_the_papers(name):
     torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_sgd_without_momentum():
+    layer = nn.Linear(1, 1, bias=False)
+    cfg = {"name": "sgd", "lr": {"base_lr": RATE}, "weight_decay": 0.0, "betas": (0.0, 0.99)}
+    expected = layer.weight.detach() - 2 * RATE
+    optimizer = build_optimizer(cfg, layer)
+    for _ in range(2):
+        layer.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
 def schedule(name, **lr):
     return {"num_epochs": 10, "lr": {"name": name, "base_lr": 2.0, "gamma": 0.1, "milestones": [3, 5], **lr}}
 

@@ -1,5 +1,6 @@
 """What a loss scale, of which only GPUs make use, does on a CPU."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,3 +24,11 @@ def test_after_a_step_that_is_left_out_the_loss_scaler_goes_on():
     assert precision.gradient_norm(optimizer).item() == 2.0  # unscaled: four gradients of 1
     precision.step(optimizer)
     assert all(torch.allclose(p, old - 0.1) for p, old in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_what_stays_in_float32_is_not_rounded_to_tf32(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    Precision(name, torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
