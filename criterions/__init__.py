@@ -1,4 +1,11 @@
-"""Losses of the pre-training methods. `build_criterion` makes one from the YAML's `loss` part."""
+"""Losses of the pre-training methods. `build_criterion` makes one from the YAML's `loss` part.
+
+What a script expects of a loss: it is called with the two embeddings of a rank's clips, (N, D) each, and answers a
+scalar whose mean over ranks, and whose gradients' mean, are the whole batch's (`utils.distributed.gather_with_grad`);
+whatever the autocast it computes in float32. A call leaves in `stats` 0-dim tensors on the device for the log, always
+the same ones, among them `pos_cos`, `neg_cos`, `video_spread` and `audio_spread` (`criterions.stats`), by which a
+collapse is told. Its buffers are stored and restored with the run.
+"""
 
 import inspect
 from collections.abc import Mapping

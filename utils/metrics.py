@@ -47,7 +47,7 @@ def collapse_warning(figures: Mapping[str, float]) -> str | None:
             f"the embeddings collapse: their spread is {spread:.2f} (1 is even over the sphere, 0 one point, "
             f"warning below {SPREAD_WARNING}). The loss does not show it; see README, When xID collapses"
         )
-    cosines = figures["pos_cos"], figures.get("neg_cos", 0.0)
+    cosines = figures["pos_cos"], figures["neg_cos"]
     if min(cosines) > COSINE_WARNING or max(cosines) < -COSINE_WARNING:
         return (
             f"the embeddings collapse: the mean cosines of positives and negatives are {cosines[0]:+.2f} and "

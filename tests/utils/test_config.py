@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.config import load_config
+from utils.config import EVALUATION, PRETRAINING, REQUIRED, Key, Switch, load_config
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -35,6 +35,35 @@ def test_thesis_file_keeps_its_meaning():
 @pytest.mark.parametrize("file", sorted((REPO / "configs").glob("**/*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_file_loads(file):
     load_config(file)
+
+
+def keys(table, prefix=""):
+    """Dotted keys of a configuration's table, with their rules; those of all kinds where a section has several."""
+    for name, rule in table.items():
+        if isinstance(rule, Key):
+            yield prefix + name, rule
+        else:
+            for section in rule.tables.values() if isinstance(rule, Switch) else (rule,):
+                yield from keys(section, f"{prefix}{name}.")
+
+
+def told(text):
+    """Dotted keys that tables tell of, with their defaults as YAML; None: required."""
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| `")]
+    return {key.split("`")[1]: default.strip("`") or None for key, default, _ in rows}
+
+
+def test_the_reference_tells_of_every_key_and_its_default():
+    text = (REPO / "configs/README.md").read_text()
+    pretraining, evaluation = (told(part) for part in text.split("## Evaluation"))
+    for table, reference in ((PRETRAINING, pretraining), (EVALUATION, pretraining | evaluation)):
+        for key, rule in keys(table):
+            assert key in reference, key
+            default = None if reference[key] is None else yaml.safe_load(reference[key])
+            assert default == (None if rule.default is REQUIRED else rule.default), key
+            assert (reference[key] is None) == (rule.default is REQUIRED), key
+    known = {key for table in (PRETRAINING, EVALUATION) for key, _ in keys(table)}
+    assert pretraining.keys() | evaluation.keys() == known
 
 
 @pytest.mark.parametrize("ramp", ["[6, 4]", "[3]", "[-1, 2]", "[a, b]"])
