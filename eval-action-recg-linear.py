@@ -71,8 +71,8 @@ def evaluate_fold(
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
     backbone = build_model(model_cfg["model"]).video_model
-    weights = evaluation.load_encoder(backbone, args, model_cfg)
-    log.info("%s; %s", parameter_summary(backbone), weights)
+    origin = evaluation.load_encoder(backbone, args, model_cfg)
+    log.info("%s; %s", parameter_summary(backbone), origin)
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
     drifts = cfg["encoder_bn"] == "train"
@@ -150,7 +150,7 @@ def evaluate_fold(
     facts = evaluation.describe(args, cfg, model_cfg, fold, "linear")
     facts |= evaluation.describe_videos(args, cfg, data, failures)
     facts |= {
-        "encoder": {"weights": weights, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
+        "encoder": {"weights": origin, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)

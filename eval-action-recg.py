@@ -75,8 +75,8 @@ def evaluate_fold(
     stage("Encoder")
     torch.manual_seed(cfg["seed"])
     backbone = build_model(model_cfg["model"]).video_model
-    weights = evaluation.load_encoder(backbone, args, model_cfg)
-    log.info("%s; %s", parameter_summary(backbone), weights)
+    origin = evaluation.load_encoder(backbone, args, model_cfg)
+    log.info("%s; %s", parameter_summary(backbone), origin)
     fingerprint = tensor_hash(backbone.state_dict())
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
@@ -101,7 +101,7 @@ def evaluate_fold(
         return {}
     facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune")
     facts |= evaluation.describe_videos(args, cfg, data, failures)
-    facts |= {"encoder": {"weights": weights, "hash": fingerprint}, "recipe": recipe}
+    facts |= {"encoder": {"weights": origin, "hash": fingerprint}, "recipe": recipe}
     return finish_evaluation(folder, facts, outcome)
 
 

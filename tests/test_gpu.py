@@ -90,7 +90,7 @@ def test_the_guard_reads_its_verdict_a_step_late(tmp_path):
     assert guard.admits(place | {"step": 1}, [bad], bad, {"sim": bad}, index)
     with pytest.raises(RunFailed, match="not finite in epoch 1, step 2"):
         guard.admits(place | {"step": 2}, [good], good, {"sim": good}, index)
-    assert json.loads((tmp_path / "nonfinite-epoch0-step1.json").read_text())["ranks"][0]["index"] == [3]
+    assert json.loads((tmp_path / "nonfinite-epoch1-step2.json").read_text())["ranks"][0]["index"] == [3]
 
 
 def batch_norm_net() -> nn.Module:

@@ -92,8 +92,8 @@ def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, vid
     file = write_config(tmp_path, videos, "nan", SCRIPT)
     error = run(file, script=SCRIPT, launcher=("-c", NAN_IN_STEP_3), status=1).stderr
     assert "failed: not finite in epoch 1, step 3: loss nan" in error
-    report = json.loads((tmp_path / "runs/nan/nonfinite-epoch0-step2.json").read_text())
-    assert report["step"] == 2 and len(report["ranks"][0]["files"]) == 4
+    report = json.loads((tmp_path / "runs/nan/nonfinite-epoch1-step3.json").read_text())
+    assert (report["epoch"], report["step"]) == (1, 3) and len(report["ranks"][0]["files"]) == 4
     assert all(name.startswith("clip") for name in report["ranks"][0]["files"])
     saved = final(tmp_path, "nan")
     assert (saved["epoch"], saved["step"]) == (0, 2)

@@ -80,7 +80,7 @@ class NonFiniteGuard:
         """Whether the optimizer may step.
 
         Args:
-            place: `epoch` and `step`, for the report.
+            place: `epoch` and `step`, from 0 on, for the report.
             losses: the rank's, of each part of the batch.
             norm: of the gradients.
             terms: what the criterion measured, of the last part.
@@ -143,10 +143,11 @@ class NonFiniteGuard:
             "index": indices,
             "files": [self.name_of(i) for i in indices],
         }
-        file = self.folder / f"nonfinite-epoch{facts['epoch']}-step{facts['step']}.json"
+        place = {name: facts[name] + 1 for name in ("epoch", "step")}  # counted from 1 on, as in the log
+        file = self.folder / f"nonfinite-epoch{place['epoch']}-step{place['step']}.json"
         ranks = gather_objects(own)
         if is_main():
-            report = {name: facts[name] for name in ("epoch", "step")} | {"grad_norm": facts["grad_norm"].item()}
+            report = place | {"grad_norm": facts["grad_norm"].item()}
             try:
                 write_whole(file, json.dumps(report | {"ranks": ranks}, indent=1))
             except UserError as error:

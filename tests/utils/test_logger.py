@@ -120,7 +120,7 @@ def test_a_stretch_whose_steps_were_all_left_out_is_told_without_a_loss(tmp_path
 
 
 def test_a_diagnosis_that_cannot_be_written_hides_no_failure(tmp_path):
-    (tmp_path / "nonfinite-epoch0-step2.json").mkdir()
+    (tmp_path / "nonfinite-epoch1-step3.json").mkdir()
     guard = NonFiniteGuard(tmp_path, "clip{}.mp4".format, 0, False)
     nan, index = torch.tensor(math.nan), torch.tensor([3])
     guard.admits({"epoch": 0, "step": 2}, [nan], nan, {"sim": nan}, [index])
