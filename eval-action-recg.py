@@ -25,6 +25,7 @@ from models import build_model
 from models.classifiers import ClassificationWrapper, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
+from utils.compiling import compiles
 from utils.distributed import gather_objects, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
 from utils.features import ClipOutputs, clip_outputs, rows_of
@@ -42,6 +43,7 @@ from utils.logger import (
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
+from utils.prefetch import prefetch
 from utils.results import Outcome, finish_evaluation, finish_folds
 from utils.sync_bn import count_rank, share_bn
 
@@ -129,7 +131,7 @@ def fine_tune(
 
         def logits(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
             with precision.autocast():
-                return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): nothing is compiled
+                return {"logits": model.forward(prepare.forward(frames.to(device)))}  # not (): nothing is compiled
 
         model.eval()
         loader = build_video_clips(cfg, test, device, random=random, even=even)
@@ -145,6 +147,8 @@ def fine_tune(
         loader = build_fresh_clips(cfg, train, device)
         batches, labels = loader.batch_sampler, part.train_labels.to(device)
         dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
+        if compiles(cfg["compile"], device):
+            prepare.compile(dynamic=False)
     for epoch in range(start_epoch, last_epoch):
         warming = epoch < warmup  # first the classifier alone, on a backbone in eval mode
         if epoch in (start_epoch, warmup):
@@ -157,22 +161,22 @@ def fine_tune(
         model.video_model.train(not warming)
         batches.start_at(epoch)
         averages, clock = Averages(), StepClock()
-        for step, batch in enumerate(clock.timed(loader)):
+        for step, batch in enumerate(clock.timed(prefetch(loader, device))):
             for share in gather_objects(batch["failures"]):
                 failures(share)
             has_clips, size = "frames" in batch, batches.size(step)
             rate = learning_rate(schedule, max(0, epoch - warmup), step / batches.steps)
             set_learning_rate(optimizer, rate)
             count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
-            keep = model.draw_dropout(size, (cfg["seed"], epoch, step)).to(device)  # the whole batch's, on every rank
+            keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # the whole batch's, on every rank
+            keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
             if has_clips:
-                frames, color = (batch[name].to(device, non_blocking=True) for name in ("frames", "video_aug"))
-                own = batch["position"].to(device) - step * batches.batch_size
+                own = batch["position"] - step * batches.batch_size
                 with precision.autocast():
-                    logits = net(prepare(frames, color), keep[own])
-                loss = F.cross_entropy(logits, labels[batch["index"].to(device)], reduction="sum")
+                    logits = net(prepare(batch["frames"], batch["video_aug"]), keep[own])
+                loss = F.cross_entropy(logits, labels[batch["index"]], reduction="sum")
             else:
-                loss = 0 * net(prepare(dummy.to(device)), keep[:1]).sum()
+                loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
             loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
             precision.backward(loss)
             precision.gradient_norm(optimizer)

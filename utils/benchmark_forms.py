@@ -121,7 +121,7 @@ class Step:
         self.optimizer = build_optimizer(cfg["optimizer"], self.model)
         if not form.channels_last:
             for group in self.optimizer.param_groups:
-                group["fused"] = False
+                group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's choice where none is asked for
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
         self.net = wrap(self.model, form.compiled, device, cfg["gradient_compression"], static=True)
         if form.compiled:

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import torch
+import torch.distributed as dist
 
 log = logging.getLogger("avssrl")
 
@@ -11,8 +12,8 @@ log = logging.getLogger("avssrl")
 def compiles(asked: bool | None, device: torch.device) -> bool:
     """Whether a run is to be compiled: as asked (None: on a GPU), if this machine can.
 
-    On a GPU that takes Triton and a GPU that it knows, on a CPU a C++ compiler. Where they fail, a warning gives the
-    reason and the run goes on without.
+    On a GPU that takes Triton, a GPU that it knows and no gloo between processes, on a CPU a C++ compiler. Where they
+    fail, a warning gives the reason and the run goes on without.
     """
     if not (device.type == "cuda" if asked is None else asked):
         return False
@@ -21,11 +22,15 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
 
 @functools.cache
 def obstacle(device_type: str) -> str | None:
-    """Why a function of one line does not compile, None if it does. The first answer is kept, and logged if bad."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device_type))
-    except (RuntimeError, ImportError, OSError) as error:  # torch's own errors here are RuntimeErrors
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """Why nothing is compiled here, None if it is. The first answer is kept, and logged if bad."""
+    reason = None
+    if device_type == "cuda" and dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        reason = "gloo's gather in a compiled graph takes GPU memory for the host's (pytorch#152645); nccl does not"
+    else:
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device_type))
+        except (RuntimeError, ImportError, OSError) as error:  # torch's own errors here are RuntimeErrors
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if reason is not None:
         log.warning("compile: torch.compile does not work here, going on without: %s", reason)
-        return reason
-    return None
+    return reason

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -104,6 +105,17 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):
     assert "going on without: RuntimeError: no C++ compiler found" in caplog.text
     compiling.obstacle.cache_clear()
     assert compiles(None, CPU) is False and compiles(False, torch.device("cuda")) is False
+
+
+def test_gloo_between_gpus_is_no_place_to_compile(tmp_path, caplog):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    compiling.obstacle.cache_clear()
+    try:
+        assert compiles(None, torch.device("cuda")) is False
+    finally:
+        dist.destroy_process_group()
+        compiling.obstacle.cache_clear()
+    assert "going on without: gloo's gather" in caplog.text
 
 
 @pytest.mark.parametrize("arch", ["av_wrapper", "vicreg_wrapper", "vicreg_v_wrapper"])
