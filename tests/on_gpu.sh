@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one call with a time limit: for a machine that is lent for minutes.
+# What only a GPU can show, in calls with a time limit: for a machine that is lent for minutes.
 #
 #     tests/on_gpu.sh OUT SECONDS [PART ...]
 #
-# Parts: step, learn (VICReg and xID on the clips in data/grid-s1, and the tests beside them), inference, training, bank;
-# without a name all of them, in this order, the most wanted first. What times a step has the GPU to itself. A part that
-# fails or runs out of time takes nothing from the others; a training that runs out of time saves first. All that was
-# printed is in OUT/log.txt, the end of each part here; tables, pictures and GRID's learning curves are beside it.
+# Parts, the most wanted first, which is the order without a name:
+#     smoke      the quick GPU tests, SyncBN among them
+#     step       the training step's table
+#     learn      VICReg and xID on the clips in data/grid-s1, 40 epochs side by side; a second call goes on with them
+#     training   loader and step together, on the same clips
+#     inference  the evaluation's table
+#     tests      all GPU tests
+#     search     the step's table once more, cuDNN choosing kernels by timing
+#     bank       the memory bank's
+# What times a step has the GPU to itself. A part that fails or runs out of time takes nothing from the others; a training
+# that runs out of time saves first. All that was printed is in OUT/log.txt, the end of each part here; tables, pictures
+# and learning curves are beside it, no more than eight files.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$1" && out=$(realpath "$1") && end=$((SECONDS + $2)) || exit 2
 shift 2
-export AVSSRL_NEEDS_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export AVSSRL_NEEDS_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 logs=$(mktemp -d)
+gpu_tests="tests/test_gpu.py tests/utils/test_prefetch.py tests/utils/test_benchmark_step.py"
 
 part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; SIGTERM, and SIGKILL 20 s later
     local name=$1 limit=$2 left=$((end - SECONDS - 20)) start=$SECONDS status=0
@@ -29,36 +38,50 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
     tail -n 30 "$logs/$name" | cut -c1-200
 }
 
+smoke() {
+    part smoke 150 -m pytest -v -n 4 tests/test_gpu.py -k "waits or guard or synchronised or fp32"
+}
+
 step() {
-    part step 150 -m utils.benchmark step configs/VGGSound-N1024.yaml --top-kernels 15 \
+    part step 260 -m utils.benchmark step configs/VGGSound-N1024.yaml --rounds 3 --top-kernels 15 \
         --json "$out/step.json" --png "$out/step.png"
 }
 
 learn() {
-    local limit=$((end - SECONDS - 60))  # leaves the curves their time
-    ((limit > 400)) && limit=400
-    part vicreg $limit main-vicreg.py configs/grid/vicreg.yaml --set num_workers=7 &
-    part xid $limit main-ssl.py configs/grid/xid.yaml --set num_workers=7 &
-    part tests 240 -m pytest -q -n 3 --durations=5 tests/test_gpu.py &
+    # saved and measured seldom: a checkpoint of VICReg takes seconds, and so does an epoch
+    local limit=$((end - SECONDS - 60)) seldom="--set test_freq=10 --set monitor_every=10 --set num_workers=7"
+    export TORCHINDUCTOR_COMPILE_THREADS=6
+    part vicreg $limit main-vicreg.py configs/grid/vicreg.yaml $seldom &
+    part xid $limit main-ssl.py configs/grid/xid.yaml $seldom &
     wait
+    unset TORCHINDUCTOR_COMPILE_THREADS
     part curves 30 -m utils.report curves configs/grid/vicreg.yaml configs/grid/xid.yaml --out "$out/curves.png"
     for run in vicreg xid; do cp "checkpoints/grid/$run/metrics.jsonl" "$out/$run-metrics.jsonl"; done
-}
-
-inference() {
-    part inference 90 -m utils.benchmark inference configs/ucf/8at16-linear.yaml --json "$out/inference.json"
 }
 
 training() {
     part training 90 -m utils.benchmark training configs/grid/vicreg.yaml --png "$out/training.png"
 }
 
+inference() {
+    part inference 120 -m utils.benchmark inference configs/ucf/8at16-linear.yaml --json "$out/inference.json"
+}
+
+tests() {
+    part tests 300 -m pytest -v -n 3 --durations=5 $gpu_tests
+}
+
+search() {
+    part search 260 -c 'import runpy, torch; torch.backends.cudnn.benchmark = True; runpy.run_module("utils.benchmark", alter_sys=True, run_name="__main__")' \
+        step configs/VGGSound-N1024.yaml --rounds 3
+}
+
 bank() {
-    part bank 60 -m utils.benchmark bank --steps 20
+    part bank 120 -m utils.benchmark bank --steps 20 --instances 50000 1000000
 }
 
 nvidia-smi | tee -a "$out/log.txt" | head -n 12
-[ $# -gt 0 ] || set -- step learn inference training bank
+[ $# -gt 0 ] || set -- smoke step learn training inference tests search bank
 for name in "$@"; do
     "$name"
 done

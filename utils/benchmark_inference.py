@@ -12,7 +12,7 @@ from torch import Tensor
 from datasets.preprocessing import VideoPrep
 from models.video import R2Plus1d
 from utils.benchmark_forms import Form, in_3d
-from utils.benchmark_step import Row, add_measuring_arguments, allocated, configured, measure_and_report, seconds_of
+from utils.benchmark_step import add_measuring_arguments, configured, first_calls, measure_and_report
 from utils.cli import at_least
 from utils.compiling import compiles
 from utils.memory import default_device, keep_freed_memory
@@ -56,13 +56,7 @@ def run(args: argparse.Namespace) -> None:
     size = (round(data["video_clip_duration"] * data["video_fps"]), data["crop_size"], data["crop_size"])
     frames = torch.randint(256, (data["batch_size"], *size, 3), dtype=torch.uint8, device=device)
     forms, left_out = inference_forms(cfg, device)
-    rows = []
-    for form in forms:
-        before = allocated(device)
-        row = Row(form, Forward(depth, form, frames, device))
-        row.first_s = seconds_of(row.run, device)
-        row.static = allocated(device) - before
-        rows.append(row)
+    rows = first_calls(forms, lambda form: Forward(depth, form, frames, device), device)
     measure_and_report(args, cfg, device, rows, left_out, f"forward pass of R(2+1)D-{depth}")
 
 

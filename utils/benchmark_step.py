@@ -7,7 +7,9 @@ network is the same in all rows.
 """
 
 import argparse
+import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +91,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")
     batch = synthetic_batch(cfg, device)
     forms, left_out = forms_of(cfg, device)
-    rows = []
-    for form in forms:
-        before = allocated(device)
-        row = Row(form, Step(cfg, form, batch, device))
-        row.first_s = seconds_of(row.run, device)
-        row.static = allocated(device) - before
-        rows.append(row)
+    rows = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
     measure_and_report(args, cfg, device, rows, left_out, "training step")
 
 
@@ -127,6 +123,19 @@ class Row:
             "peak_gb": self.peak,
             "first_step_s": self.first_s,
         }
+
+
+def first_calls(forms: Iterable[Form], build: Callable[[Form], Run], device: torch.device) -> list[Row]:
+    """A row for each form, which `build` makes a call of; called once, which is told at once: compiling takes long."""
+    rows = []
+    for form in forms:
+        before = allocated(device)
+        row = Row(form, build(form))
+        row.first_s = seconds_of(row.run, device)
+        row.static = allocated(device) - before
+        rows.append(row)
+        print(f"{form.name}: first call {row.first_s:.1f} s", file=sys.stderr)
+    return rows
 
 
 def measure_and_report(
