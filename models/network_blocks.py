@@ -119,8 +119,8 @@ class StemConv(_Conv3dIn2D):
 class SpatialMaxPool(nn.MaxPool3d):
     """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame.
 
-    Compiled, it brings its own backward pass (`_MaxPool2d`). The one that torch.compile makes adds gradients with
-    atomics, in no fixed order, to a zeroed float32 tensor that is not in channels_last memory.
+    Compiled for a GPU, it brings its own backward pass (`_MaxPool2d`). The one that torch.compile makes adds gradients
+    with atomics, in no fixed order, to a zeroed float32 tensor that is not in channels_last memory.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class SpatialMaxPool(nn.MaxPool3d):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = frames_as_batch(x)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and x.is_cuda:  # the C++ that PyTorch 2.11 makes of it for a CPU is wrong
             pooled = _MaxPool2d.apply(frames)
         else:
             pooled = F.max_pool2d(frames, self.kernel_size[1:], self.stride[1:], self.padding[1:])

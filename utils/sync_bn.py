@@ -40,7 +40,8 @@ class _Normalise(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var, count)
         scale = rstd * weight  # not (x - mean) * scale: torch.compile would store x - mean in float32 for the backward
         y = _wide(x) * _channels(scale, x) + _channels(bias - mean * scale, x)
-        return y.to(x.dtype), mean, var, count
+        # a cast that changes nothing would cost all gradients under torch.compile in PyTorch 2.11
+        return y if y.dtype == x.dtype else y.to(x.dtype), mean, var, count
 
     @staticmethod
     def backward(
