@@ -59,6 +59,7 @@ class VICLoss(nn.Module):
         self.stats: dict[str, torch.Tensor] = {}
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         cov = f"{self.cov_coeff:g}"
         if self.cov_coeff_max is not None:
             cov += f" to {self.cov_coeff_max:g} over epochs {self.cov_ramp[0]:g} to {self.cov_ramp[1]:g}"
