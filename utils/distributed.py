@@ -352,6 +352,7 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
         store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
         store = _clean_store(store, own_rank, plan.world_size)
         dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
+        dist.all_reduce(torch.zeros(()))  # one that ended now would break the others' connecting
     except (ValueError, RuntimeError) as error:  # DistError is one of the latter
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)

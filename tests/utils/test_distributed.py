@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from datasets import _workers
 from tests.tiny import ENV, TORCHRUN, wait_until
+from utils import distributed
 from utils.cli import pretraining_parser
 from utils.distributed import _first_host, _run_one, _tasks_on_node, plan_processes, rank
 from utils.errors import UserError
@@ -114,6 +117,39 @@ def test_a_node_s_workers_are_shared_by_its_own_processes_alone(tmp_path, monkey
     """Two nodes of two processes: each gets half of its node's 64, not a quarter."""
     run_ranks(_rank_of_two_nodes, 4, tmp_path)
     assert [(tmp_path / f"{r}").read_text() for r in range(4)] == ["32"] * 4
+
+
+class _SlowStore(dist.Store):
+    """A store that answers late, so that its rank is still connecting when the others have done so."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__()
+        self.store = store
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def wait(self, keys, *timeout):
+        self.store.wait(keys, *timeout)
+
+    def get(self, key):
+        time.sleep(0.05)
+        return self.store.get(key)
+
+
+def _end_at_once(own_rank: int, folder: Path) -> None:
+    if own_rank == 0:
+        in_time = distributed._clean_store
+        distributed._clean_store = lambda *args: _SlowStore(in_time(*args))
+    for group in range(12):  # which of two connects to the other hangs on their ports, and what is lost on that
+        url = f"file://{folder}/store{group}"
+        plan = plan_processes(options("--distributed", "--nproc", "3", "--dist-url", url))
+        _run_one(plan, own_rank, own_rank, str, ())
+
+
+def test_ranks_that_end_at_once_do_not_break_the_connecting_of_a_slow_one(tmp_path, run_ranks):
+    """gloo takes a peer that is gone for one that crashed, even if it had nothing left to do."""
+    run_ranks(_end_at_once, 3, tmp_path)
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", str(2**63), "x"])
