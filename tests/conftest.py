@@ -13,6 +13,8 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)  # tests run side by side, and start processes, on few cores
+# seconds of imports once, not in each process; an optimizer imports the second
+multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "av"])
 
 BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
 VIDEO_CLOCK = 90000  # Hz
@@ -164,7 +166,6 @@ def videos(tmp_path_factory, make_video):
 @pytest.fixture(scope="session")
 def run_ranks():
     """`run_ranks(worker, nprocs, *args)` runs `worker(rank, *args)` in processes and waits for them."""
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])  # a second's import once, not in each
 
     def run(worker, nprocs, *args):
         torch.multiprocessing.start_processes(worker, args, nprocs, start_method="forkserver")

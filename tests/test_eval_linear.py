@@ -30,8 +30,8 @@ def cfgs(tmp_path, ucf):
     return write
 
 
-def evaluate(folder, *arguments, launcher=()):
-    return tiny_evaluation.results(folder, SCRIPT, *arguments, launcher=launcher)
+def evaluate(folder, *arguments, **options):
+    return tiny_evaluation.results(folder, SCRIPT, *arguments, **options)
 
 
 def fail(*arguments):
@@ -67,18 +67,18 @@ def test_results_hold_what_they_promise(cfgs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("views", "processes", "launcher"),
+    ("views", "options"),
     [
-        (0, ("--distributed", "--nproc", 3), ()),  # 8 clips in batches of 3: 3, 3, 2
-        (2, ("--distributed",), tiny.TORCHRUN),
+        (0, {"ranks": 3}),  # 8 clips in batches of 3: 3, 3, 2
+        (2, {"launcher": tiny.TORCHRUN}),
     ],
 )
-def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, processes, launcher):
+def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, options):
     cfg, model = cfgs(feature_views=views, optimizer__lr__base_lr=0.001, model__args__use_dropout=True)
     found = {}
-    for name, arguments, launcher in (("one", (), ()), ("many", processes, launcher)):
-        arguments = (*arguments, "--random-weights", "--set", f"cache_dir={tmp_path / name}")
-        found[name] = evaluate(tmp_path, cfg, model, *arguments, launcher=launcher)
+    for name, kind in (("one", {}), ("many", options)):
+        arguments = ("--random-weights", "--set", f"cache_dir={tmp_path / name}")
+        found[name] = evaluate(tmp_path, cfg, model, *arguments, **kind)
         file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
         found[name]["head"] = checkpoint.load(file)["parts"]["all"]["heads"][0.001]
     one, many = found["one"], found["many"]
@@ -91,8 +91,8 @@ def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, processes
 def test_the_thesis_bn_drifts_and_weights_do_not(cfgs, tmp_path):
     cfg, model = cfgs(encoder_bn="train", dataset__crop_size=64)
     found = {}
-    for name, processes in (("one", ()), ("three", ("--distributed", "--nproc", 3))):  # the last batch has 2 clips
-        found[name] = evaluate(tmp_path, cfg, model, "--random-weights", *processes)
+    for name, ranks in (("one", 1), ("three", 3)):  # the last batch has 2 clips
+        found[name] = evaluate(tmp_path, cfg, model, "--random-weights", ranks=ranks)
         file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
         found[name]["drift"] = checkpoint.load(file)["parts"]["all"]["drift"]
     encoder = found["one"]["encoder"]

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import ENV, TORCHRUN, command, differences, run, wait_until, write_config
+from tests.tiny import ENV, TORCHRUN, Started, command, differences, run, wait_until, write_config
 from utils import checkpoint
+
+EVERY_STEP = 1e-9  # minutes
 
 
 @pytest.fixture
@@ -69,20 +71,19 @@ def test_a_run_writes_what_it_promises(config):
 
 
 def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
-    run(config("whole"))
+    run(config("whole", save_every_minutes=EVERY_STEP))
     whole = final(config.folder("whole"))
-    file, folder = config("killed"), config.folder("killed")
+    file, folder = config("killed", save_every_minutes=EVERY_STEP), config.folder("killed")
     rng = random.Random(0)
     for kill_at in sorted(rng.sample(range(1, 8), 5)):
-        process = subprocess.Popen(command(file), env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
-        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
+        started, metrics, deadline = Started(file), folder / "metrics.jsonl", time.monotonic() + 60
+        while started.running and time.monotonic() < deadline:
             if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
                 break
             time.sleep(0.002)
-        assert process.poll() is None, "the run ended before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert started.running, "the run ended before it could be killed"
+        started.signal(signal.SIGKILL, os.killpg)
+        started.wait()
     assert "going on from" in run(file).stdout
     assert differences(final(folder), whole) == []
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -92,30 +93,28 @@ def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
 def test_three_processes_go_on_in_the_same_bits(config):
     """DDP lays out its buckets anew after the first step of a start: the order of additions must not follow."""
     options = {"dataset__batch_size": 6, "optimizer__num_epochs": 4}
-    three = ("--distributed", "--nproc", 3)
-    run(config("whole3", **options), *three)
+    run(config("whole3", **options), ranks=3)
     file = config("stopped3", **options)
-    process = subprocess.Popen(command(file, *three), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = config.folder("stopped3") / "metrics.jsonl"
+    started, metrics = Started(file, ranks=3), config.folder("stopped3") / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text())
-    process.terminate()
-    process.wait()
+    started.signal(signal.SIGTERM)
+    assert started.wait().returncode == 75
     assert final(config.folder("stopped3"))["epoch"] < 3
-    assert "going on from" in run(file, *three).stdout
+    assert "going on from" in run(file, ranks=3).stdout
     assert differences(final(config.folder("stopped3")), final(config.folder("whole3"))) == []
 
 
 def test_a_second_run_in_the_same_folder_is_refused(config):
-    file = config("once", optimizer__num_epochs=50)
-    process = subprocess.Popen(command(file), env=ENV, stdout=subprocess.DEVNULL)
+    file = config("once", optimizer__num_epochs=50, save_every_minutes=EVERY_STEP)
+    started = Started(file)
     try:
         metrics = config.folder("once") / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
         assert "once: another process is writing there" in run(file, status=2).stderr
         assert "held out, after" in run(file, "--set", "test_only=true").stdout  # looking on is no harm
     finally:
-        process.kill()
-        process.wait()
+        started.signal(signal.SIGKILL)
+        started.wait()
     assert "going on from" in run(file, "--set", "test_only=true").stdout
 
 
@@ -252,7 +251,7 @@ def test_weights_and_bank_of_another_run(config):
 def test_a_bank_in_shards_is_saved_whole_and_goes_on_in_one_process(config):
     shards = {"loss__args__bank_shards": True, "loss__args__bank_dtype": "bf16", "gradient_compression": "bf16"}
     file = config("shards", **shards)
-    output = run(file, "--multiprocessing-distributed", "--nproc", 2).stdout
+    output = run(file, ranks=2).stdout
     assert "8 instances, 16 dimensions" in output and "rows 0 to 3 of rank 0" in output
     state = final(config.folder("shards"))
     rows = state["train_criterion"]["nce_average.view2_mem"]

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
 import time
 
 import pytest
 
 from tests.faults import NAN_IN_STEP_3
-from tests.tiny import ENV, command, differences, run, write_config
+from tests.tiny import Started, differences, run, write_config
 from utils import checkpoint
 
 SCRIPT = "main-vicreg.py"
@@ -48,7 +47,7 @@ def test_video_only(tmp_path, make_video):
         make_video(silent / f"clip{i}.mp4", seconds=3, fps=16, size=(64, 48), audio_rate=None)
     changes = {"model__arch": "vicreg_v_wrapper", "dataset__train__video_only": True, "optimizer__num_epochs": 1}
     file = write_config(tmp_path, silent, script=SCRIPT, **changes)
-    done = run(file, "--distributed", "--nproc", 2, script=SCRIPT)
+    done = run(file, ranks=2, script=SCRIPT)
     assert "VICRegVideoWrapper" in done.stdout and "BN is not synchronised" in done.stdout
     assert set(name.split(".")[0] for name in final(tmp_path, "tiny")["model"]) == {"video_model", "video_exp"}
     error = run(file, "--set", "monitor_every=1", script=SCRIPT, status=2).stderr
@@ -71,17 +70,15 @@ def whole(tmp_path_factory, videos):
 )
 def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, whole, number, kill):
     """`killpg` reaches the data workers, too, as Slurm's signals and those of `timeout` do."""
-    file = write_config(tmp_path, videos, "stopped", SCRIPT, save_every_minutes=60)
-    options = ("--distributed", "--nproc", 1) if number == signal.SIGUSR1 else ()
-    full = command(file, *options, script=SCRIPT)
-    process = subprocess.Popen(full, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics = tmp_path / "runs/stopped/metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2):
+    file = write_config(tmp_path, videos, "stopped", SCRIPT)
+    options = ("--distributed", "--nproc", 1) if (number, kill) == (signal.SIGUSR1, os.kill) else ()
+    started, metrics = Started(file, *options, script=SCRIPT), tmp_path / "runs/stopped/metrics.jsonl"
+    while started.running and (not metrics.exists() or metrics.read_text().count("\n") < 2):
         time.sleep(0.002)
-    kill(process.pid, number)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, message
-    assert message.startswith("preempted: stopped by " + number.name) and "run it again" in message
+    started.signal(number, kill)
+    ended = started.wait(60)
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stderr.startswith("preempted: stopped by " + number.name) and "run it again" in ended.stderr
     stopped = final(tmp_path, "stopped")
     assert (stopped["epoch"], stopped["step"]) < (2, 0) and stopped["step"] > 0
     assert "going on from" in run(file, *options, script=SCRIPT).stdout
@@ -89,7 +86,7 @@ def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, w
 
 
 def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos):
-    file = write_config(tmp_path, videos, "nan", SCRIPT)
+    file = write_config(tmp_path, videos, "nan", SCRIPT, save_every_minutes=1e-9)  # at every step
     error = run(file, script=SCRIPT, launcher=("-c", NAN_IN_STEP_3), status=1).stderr
     assert "failed: not finite in epoch 1, step 3: loss nan" in error
     report = json.loads((tmp_path / "runs/nan/nonfinite-epoch1-step3.json").read_text())

@@ -1,16 +1,24 @@
 """A run that trains in seconds on a CPU, for tests that start the scripts as a user does."""
 
 import copy
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 import yaml
+
+from utils.distributed import _free_port
 
 REPO = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))  # PyAV may come by the second
@@ -31,7 +39,7 @@ def write_config(folder: Path, videos: Path, name: str = "tiny", script: str = "
     cfg = {
         "num_workers": 1,
         "print_freq": 1,
-        "save_every_minutes": 1e-9,  # at every step
+        "save_every_minutes": 60,
         "max_bad_fraction": 0.2,
         "cache_dir": str(folder / "cache"),
         "dataset": {
@@ -77,15 +85,82 @@ def run(
     *arguments: object,
     script: str = "main-ssl.py",
     launcher: tuple = (),
+    ranks: int = 1,
     status: int = 0,
     env: dict[str, str] = ENV,
-    **options: object,
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end, which must come with this exit status."""
+    """Run a script to its end, which must come with this exit status; several `ranks` run as under torchrun."""
     full = command(*arguments, script=script, launcher=launcher)
-    done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300, **options)
+    if launcher or {"--distributed", "--multiprocessing-distributed", "--world-size"} & set(arguments):
+        done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300)
+    else:
+        done = Started(*arguments, script=script, ranks=ranks, env=env).wait()
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+class Started:
+    """A script in processes of its own, each the head of a group, as a shell or torchrun starts it.
+
+    They are forked off one that has imported PyTorch: that saves the seconds which a new Python takes for it.
+    """
+
+    def __init__(self, *arguments: object, script: str = "main-ssl.py", ranks: int = 1, env: dict[str, str] = ENV):
+        self.argv = command(*arguments, script=script)[1:]
+        self.outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        if ranks > 1:
+            env = {**env, "WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
+        self.processes = [self._start({**env, **_names(rank, ranks)}) for rank in range(ranks)]
+
+    def _start(self, env: dict[str, str]) -> BaseProcess:
+        outputs = [reduction.DupFd(file.fileno()) for file in self.outputs]
+        process = multiprocessing.get_context("forkserver").Process(target=_become, args=(self.argv, env, outputs))
+        process.start()
+        return process
+
+    @property
+    def running(self) -> bool:
+        """Whether all its processes still run."""
+        return all(process.is_alive() for process in self.processes)
+
+    def signal(self, number: int, send: Callable = os.kill) -> None:
+        """Send a signal to each process, or to each group by `os.killpg`."""
+        for process in self.processes:
+            send(process.pid, number)
+
+    def wait(self, seconds: float = 300) -> subprocess.CompletedProcess:
+        """Wait for the end of all; what they printed, and the last exit status that is not 0."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        late = self.running
+        for process in self.processes:
+            process.kill()
+            process.join()
+        out, err = map(_text, self.outputs)
+        assert not late, f"still running after {seconds} s: {out}{err}"
+        status = max((process.exitcode for process in self.processes), key=abs)
+        return subprocess.CompletedProcess(self.argv, status, out, err)
+
+
+def _names(rank: int, ranks: int) -> dict[str, str]:
+    return {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{ranks}"} if ranks > 1 else {}
+
+
+def _become(argv: list[str], env: dict[str, str], outputs: list) -> None:
+    os.setsid()
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output.detach(), number)
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv, sys.path[0:0] = argv, [str(REPO)]
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
