@@ -15,6 +15,14 @@ from utils import checkpoint
 SCRIPT = "main-vicreg.py"
 
 
+@pytest.fixture
+def poisoned(tmp_path):
+    """What is put before a script's name so that its third batch is not finite."""
+    file = tmp_path / "poisoned.py"
+    file.write_text(NAN_IN_STEP_3)
+    return (str(file),)
+
+
 def final(folder, name):
     return checkpoint.load(folder / "runs" / name / checkpoint.LATEST)
 
@@ -85,9 +93,9 @@ def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, w
     assert differences(final(tmp_path, "stopped"), whole) == []
 
 
-def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos):
+def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos, poisoned):
     file = write_config(tmp_path, videos, "nan", SCRIPT, save_every_minutes=1e-9)  # at every step
-    error = run(file, script=SCRIPT, launcher=("-c", NAN_IN_STEP_3), status=1).stderr
+    error = run(file, script=SCRIPT, launcher=poisoned, status=1).stderr
     assert "failed: not finite in epoch 1, step 3: loss nan" in error
     report = json.loads((tmp_path / "runs/nan/nonfinite-epoch1-step3.json").read_text())
     assert (report["epoch"], report["step"]) == (1, 3) and len(report["ranks"][0]["files"]) == 4
@@ -98,10 +106,10 @@ def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, vid
 
 
 @pytest.mark.parametrize("script", ["main-ssl.py", SCRIPT])
-def test_steps_may_be_left_out(tmp_path, videos, script):
+def test_steps_may_be_left_out(tmp_path, videos, poisoned, script):
     changes = {"skip_nonfinite": 1, "optimizer__num_epochs": 1, "monitor_every": 1}
     file = write_config(tmp_path, videos, "nan", script, **changes)
-    output = run(file, script=script, launcher=("-c", NAN_IN_STEP_3)).stdout
+    output = run(file, script=script, launcher=poisoned).stdout
     assert "this step is left out (1 of 1)" in output
     state = final(tmp_path, "nan")
     assert all(value.isfinite().all() for value in state["model"].values())  # BN's statistics, too

@@ -90,11 +90,11 @@ def run(
     env: dict[str, str] = ENV,
 ) -> subprocess.CompletedProcess:
     """Run a script to its end, which must come with this exit status; several `ranks` run as under torchrun."""
-    full = command(*arguments, script=script, launcher=launcher)
-    if launcher or {"--distributed", "--multiprocessing-distributed", "--world-size"} & set(arguments):
+    if launcher and launcher[0].startswith("-"):
+        full = command(*arguments, script=script, launcher=launcher)
         done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300)
     else:
-        done = Started(*arguments, script=script, ranks=ranks, env=env).wait()
+        done = Started(*arguments, script=script, launcher=launcher, ranks=ranks, env=env).wait()
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -105,8 +105,15 @@ class Started:
     They are forked off one that has imported PyTorch: that saves the seconds which a new Python takes for it.
     """
 
-    def __init__(self, *arguments: object, script: str = "main-ssl.py", ranks: int = 1, env: dict[str, str] = ENV):
-        self.argv = command(*arguments, script=script)[1:]
+    def __init__(
+        self,
+        *arguments: object,
+        script: str = "main-ssl.py",
+        launcher: tuple = (),
+        ranks: int = 1,
+        env: dict[str, str] = ENV,
+    ) -> None:
+        self.argv = command(*arguments, script=script, launcher=launcher)[1:]
         self.outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         if ranks > 1:
             env = {**env, "WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
