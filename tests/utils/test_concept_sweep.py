@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -125,27 +123,20 @@ def test_nothing_to_report(tmp_path):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, make_video):
-    """A folder, what runs a sweep over two ratios in it, as a user does, and the command line."""
+    """A folder, and what starts a sweep over two ratios in it."""
     folder = tmp_path_factory.mktemp("sweep")
     root = make_ucf(folder / "ucf", make_video)
     cfg = write_evaluation(folder, root, dataset__rest_classes=str(folder / "unseen.txt"))
     (folder / "unseen.txt").write_text(f"{CLASSES[0]}\n")
     model = tiny.write_config(folder, folder, "net")
-    full = [sys.executable, "-m", "utils.sweep", cfg, model, "--ratios", 0.5, 1, "--seeds", 1, 2]
-    full += ["--set", "feature_views=2", "--out", folder / "out.png"]
+    options = ("--ratios", 0.5, 1, "--seeds", 1, 2, "--set", "feature_views=2", "--out", folder / "out.png")
     (folder / "runs/net").mkdir(parents=True)
-
-    full = list(map(str, full))
-
-    def run():
-        return subprocess.run(full, cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
-
-    return folder, run, full
+    return folder, lambda *more: tiny.Started(cfg, model, *options, *more, script="utils/sweep.py")
 
 
 def test_a_sweep_says_what_is_missing(swept):
-    _, run, _ = swept
-    ended = run()  # the model itself was never pre-trained
+    _, start = swept
+    ended = start().wait()  # the model itself was never pre-trained
     assert ended.returncode == 1
     assert (
         "no such checkpoint" in ended.stderr
@@ -155,11 +146,12 @@ def test_a_sweep_says_what_is_missing(swept):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 def test_a_sweep_that_is_told_to_end_takes_its_evaluation_along(swept):
-    with subprocess.Popen(swept[2], cwd=tiny.REPO, env=tiny.ENV, stdout=subprocess.DEVNULL) as process:
-        tiny.wait_until(lambda: tiny.children(process.pid))
-        (evaluation,) = tiny.children(process.pid)
-        process.terminate()
-        assert process.wait() == 128 + signal.SIGTERM
+    sweep = swept[1]()
+    (process,) = sweep.processes
+    tiny.wait_until(lambda: tiny.children(process.pid))
+    (evaluation,) = tiny.children(process.pid)
+    sweep.signal(signal.SIGTERM)
+    assert sweep.wait().returncode == 128 + signal.SIGTERM
     assert not os.path.exists(f"/proc/{evaluation}")
 
 
@@ -170,11 +162,11 @@ def test_a_sweep_makes_features_once_and_goes_on(swept):
     from utils import checkpoint
     from utils.config import load_config
 
-    folder, run, _ = swept
+    folder, start = swept
     torch.manual_seed(1)
     weights = build_model(load_config(folder / "net.yaml")["model"]).state_dict()
     checkpoint.save(folder / "runs/net", {"epoch": 1, "model": weights, "train_criterion": {}})
-    ended = run()
+    ended = start().wait()
     assert ended.returncode == 0, ended.stderr
     assert "3/3" in ended.stdout and (folder / "out.png").is_file()
     logs = sorted((folder / "runs/net").rglob("train.log"))
@@ -187,8 +179,8 @@ def test_a_sweep_makes_features_once_and_goes_on(swept):
         (part, ratio) for part in ("unseen", "seen") for ratio in ("0.5", "1")
     }
     assert {line["seeds"] for line in lines if line["ratio"] == "0.5"} == {"2"}
-    again = run()
+    again = start("--ratios", 1).wait()
     assert again.returncode == 0, again.stderr
-    assert all(
-        "epoch 2/2" not in log.read_text().rpartition("---- Run")[2] for log in logs
-    )  # nothing was trained again
+    (log,) = (folder / "runs/net").rglob("few-shot-1-*/train.log")
+    before, _, last = log.read_text().rpartition("---- Run")
+    assert "epoch 2/2" in before and "epoch 2/2" not in last  # nothing was trained again
