@@ -91,7 +91,7 @@ def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
 
 def test_three_processes_go_on_in_the_same_bits(config):
     """DDP lays out its buckets anew after the first step of a start: the order of additions must not follow."""
-    options = {"dataset__batch_size": 6, "optimizer__num_epochs": 4}
+    options = {"dataset__batch_size": 6, "optimizer__num_epochs": 3}
     run(config("whole3", **options), ranks=3)
     file = config("stopped3", **options)
     started, metrics = Started(file, ranks=3), config.folder("stopped3") / "metrics.jsonl"
@@ -119,11 +119,12 @@ def test_a_second_run_in_the_same_folder_is_refused(config):
 
 def test_two_processes_by_every_launcher(config):
     """Each way of starting two processes trains; BN keeps statistics of its own rank, so weights differ from one's."""
-    one = run(config("spawned"), "--multiprocessing-distributed", "--nproc", 2)
+    short = {"optimizer__num_epochs": 1, "optimizer__lr__milestones": []}
+    one = run(config("spawned", **short), "--multiprocessing-distributed", "--nproc", 2)
     assert "2 processes" in one.stdout
-    run(config("torchrun"), launcher=TORCHRUN)
+    run(config("torchrun", **short), launcher=TORCHRUN)
     assert differences(final(config.folder("spawned")), final(config.folder("torchrun"))) == []
-    file = config("nodes")
+    file = config("nodes", **short)
     shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517", "--multiprocessing-distributed", "--nproc", 1)
     first = Started(file, *shared, "--rank", 0)
     run(file, *shared, "--rank", 1)
