@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from datasets import _workers
-from tests.tiny import ENV, TORCHRUN, wait_until
+from tests.tiny import ENV, TORCHRUN, Started, wait_until
 from utils import distributed
 from utils.cli import pretraining_parser
 from utils.distributed import _first_host, _run_one, _tasks_on_node, plan_processes, rank
@@ -244,12 +244,13 @@ def test_an_interrupt_of_the_launcher_alone_ends_its_ranks(tmp_path):
 STARTS_SLOWLY = """
 import time
 from pathlib import Path
-from utils.cli import pretraining_parser, run_script
-from utils.distributed import launch
 
 if __name__ == "__mp_main__":  # a rank that still imports
     Path(__file__).with_name("started").touch()
     time.sleep(100)
+
+from utils.cli import pretraining_parser, run_script
+from utils.distributed import launch
 
 def main():
     launch(print, pretraining_parser("").parse_args(["any.yaml", "--distributed", "--nproc", "2"]))
@@ -264,13 +265,12 @@ if __name__ == "__main__":
 def test_a_signal_before_the_first_step_is_no_failure(tmp_path, number, send):
     file = tmp_path / "starts_slowly.py"
     file.write_text(STARTS_SLOWLY)
-    command = [sys.executable, str(file)]
-    with subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        wait_until((tmp_path / "started").exists)
-        send(process.pid, number)
-        error = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, error
-    assert f"preempted: stopped by {number.name} before the first step; run it again to go on" in error
+    started = Started(launcher=(str(file),))
+    wait_until((tmp_path / "started").exists)
+    started.signal(number, send)
+    ended = started.wait(60)
+    assert ended.returncode == 75, ended.stderr
+    assert f"preempted: stopped by {number.name} before the first step; run it again to go on" in ended.stderr
 
 
 def ranks_end_after(folder, number, *options, launcher=()):
