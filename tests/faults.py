@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import _make_video
-from tests.tiny import ENV, REPO, TORCHRUN, children, command, differences, run, write_config
+from tests.tiny import ENV, EVERY_STEP, REPO, TORCHRUN, children, command, differences, run, write_config
 from utils import checkpoint
 
 TWO = ("--distributed", "--nproc", 2)
@@ -50,7 +50,7 @@ class Bench:
             self.whole[options] = self.state(name)
 
     def config(self, name: str, **changes: object) -> Path:
-        return write_config(self.folder, self.videos, name, **changes)
+        return write_config(self.folder, self.videos, name, save_every_minutes=EVERY_STEP, **changes)
 
     def state(self, name: str) -> dict:
         return checkpoint.load(self.folder / "runs" / name / checkpoint.LATEST)

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import TORCHRUN, Started, differences, run, wait_until, write_config
+from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
-
-EVERY_STEP = 1e-9  # minutes
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.faults import NAN_IN_STEP_3
-from tests.tiny import Started, differences, run, write_config
+from tests.tiny import EVERY_STEP, Started, differences, run, write_config
 from utils import checkpoint
 
 SCRIPT = "main-vicreg.py"
@@ -94,7 +94,7 @@ def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, w
 
 
 def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, videos, poisoned):
-    file = write_config(tmp_path, videos, "nan", SCRIPT, save_every_minutes=1e-9)  # at every step
+    file = write_config(tmp_path, videos, "nan", SCRIPT, save_every_minutes=EVERY_STEP)
     error = run(file, script=SCRIPT, launcher=poisoned, status=1).stderr
     assert "failed: not finite in epoch 1, step 3: loss nan" in error
     report = json.loads((tmp_path / "runs/nan/nonfinite-epoch1-step3.json").read_text())

@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))  # PyAV may come by the second
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+EVERY_STEP = 1e-9  # minutes between checkpoints
 LOSSES = {"main-ssl.py": {"name": "xID", "args": {"num_negatives": 6}}, "main-vicreg.py": {"name": "VICLoss"}}
 HEADS = {"main-ssl.py": ("av_wrapper", "proj_dim"), "main-vicreg.py": ("vicreg_wrapper", "exp_dim")}
 
@@ -88,13 +89,18 @@ def run(
     ranks: int = 1,
     status: int = 0,
     env: dict[str, str] = ENV,
+    **options: object,
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end, which must come with this exit status; several `ranks` run as under torchrun."""
-    if launcher and launcher[0].startswith("-"):
+    """Run a script to its end, which must come with this exit status; several `ranks` run as under torchrun.
+
+    A Python of its own runs what needs one: Python's options in `launcher`, `options` of subprocess.run, another
+    environment (CUDA is lost to the forks of a process that has looked for it).
+    """
+    if options or env is not ENV or launcher and launcher[0].startswith("-"):
         full = command(*arguments, script=script, launcher=launcher)
-        done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300)
+        done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=300, **options)
     else:
-        done = Started(*arguments, script=script, launcher=launcher, ranks=ranks, env=env).wait()
+        done = Started(*arguments, script=script, launcher=launcher, ranks=ranks).wait()
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -111,12 +117,12 @@ class Started:
         script: str = "main-ssl.py",
         launcher: tuple = (),
         ranks: int = 1,
-        env: dict[str, str] = ENV,
     ) -> None:
         self.argv = command(*arguments, script=script, launcher=launcher)[1:]
         self.outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        env = dict(ENV)
         if ranks > 1:
-            env = {**env, "WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
+            env |= {"WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
         self.processes = [self._start({**env, **_names(rank, ranks)}) for rank in range(ranks)]
 
     def _start(self, env: dict[str, str]) -> BaseProcess:
