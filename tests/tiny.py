@@ -120,10 +120,7 @@ class Started:
     ) -> None:
         self.argv = command(*arguments, script=script, launcher=launcher)[1:]
         self.outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-        env = dict(ENV)
-        if ranks > 1:
-            env |= {"WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
-        self.processes = [self._start({**env, **_names(rank, ranks)}) for rank in range(ranks)]
+        self.processes = [self._start(env) for env in _environments(ranks)]
 
     def _start(self, env: dict[str, str]) -> BaseProcess:
         outputs = [reduction.DupFd(file.fileno()) for file in self.outputs]
@@ -142,22 +139,28 @@ class Started:
             send(process.pid, number)
 
     def wait(self, seconds: float = 300) -> subprocess.CompletedProcess:
-        """Wait for the end of all; what they printed, and the last exit status that is not 0."""
+        """Wait for the end of all; what they printed, and their exit status, which must be one."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
-        late = self.running
+        late = any(process.is_alive() for process in self.processes)
         for process in self.processes:
             process.kill()
             process.join()
         out, err = map(_text, self.outputs)
         assert not late, f"still running after {seconds} s: {out}{err}"
-        status = max((process.exitcode for process in self.processes), key=abs)
-        return subprocess.CompletedProcess(self.argv, status, out, err)
+        statuses = [process.exitcode for process in self.processes]
+        assert len(set(statuses)) == 1, f"the ranks ended with {statuses}: {out}{err}"
+        return subprocess.CompletedProcess(self.argv, statuses[0], out, err)
 
 
-def _names(rank: int, ranks: int) -> dict[str, str]:
-    return {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{ranks}"} if ranks > 1 else {}
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """That of each rank, as torchrun sets it; of a process alone the plain one."""
+    if ranks == 1:
+        return [ENV]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    own = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{**ENV, **{name: str(value) for name, value in names.items()}} for names in own]
 
 
 def _become(argv: list[str], env: dict[str, str], outputs: list) -> None:
