@@ -9,21 +9,22 @@ from datasets.decoder_run import Run
 
 FILTER_MARGIN = 0.05  # seconds of audio on both sides that the resampling filter may look at
 JITTER = 0.005  # seconds by which audio time stamps may deviate before that is a gap or an overlap
-FULL_SCALE = {"s16": 2**15, "s16p": 2**15, "s32": 2**31, "s32p": 2**31}  # formats of samples that need no swresample
+SAMPLES = {"s16": (np.int16, 2**15), "s32": (np.int32, 2**31), "flt": (np.float32, 1)}  # what is mixed here, full scale
 
 
 def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
-    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate.
+    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate, nothing above 1.
 
-    swresample's matrix is normalised, so that nothing clips, only where the output is not floating-point: mix to int32.
+    One and two channels are averaged here, others mixed by swresample, which takes longer than to decode them. Its
+    matrix is normalised, so that nothing clips, only where the output is not floating-point: mix to int32.
     """
     pieces, resamplers = [], {}
     for time, frame in run:
         if time >= stop:
             break
         kind = frame.format.name, frame.layout.name, frame.sample_rate
-        if kind[0] in FULL_SCALE and frame.layout.nb_channels == 1 and frame.sample_rate == run.sample_rate:
-            pieces.append((time, frame.to_ndarray()[0].astype(np.float32) / FULL_SCALE[kind[0]]))
+        if kind[0].removesuffix("p") in SAMPLES and kind[1] in ("mono", "stereo") and kind[2] == run.sample_rate:
+            pieces.append((time, _mean_of_channels(frame)))
             continue
         if kind not in resamplers:  # streams may change from mono to stereo on the way
             resamplers[kind] = av.AudioResampler("s32p", "mono", run.sample_rate)
@@ -32,6 +33,20 @@ def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
             pieces.append((time, mono.to_ndarray()[0].astype(np.float32) / 2**31))
             time += mono.samples / run.sample_rate
     return pieces
+
+
+def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
+    """Float32 samples from -1 to 1 of a frame in one of the formats of `SAMPLES`; what is no number is silent."""
+    kind, full_scale = SAMPLES[frame.format.name.removesuffix("p")]
+    count, width = frame.samples, frame.layout.nb_channels
+    if frame.format.is_planar:
+        channels = [np.frombuffer(plane, kind, count) for plane in frame.planes]
+    else:
+        channels = np.frombuffer(frame.planes[0], kind, count * width).reshape(count, width).T
+    mean = channels[0].astype(np.float32)
+    if width == 2:
+        mean = (mean + channels[1]) / 2
+    return np.nan_to_num(np.clip(mean / full_scale, -1, 1), nan=0.0).astype(np.float32, copy=False)
 
 
 def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float, np.ndarray]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.network_blocks import Conv2DBlock, init_weights
+from models.network_blocks import Conv2DBlock, global_max, init_weights
 from utils.errors import UserError
 
 
@@ -40,5 +40,5 @@ class Conv2DNet(nn.Module):
         embs = {}
         for name in ("conv1", "block1", "block2", "block3", "block4"):
             x = embs[name] = getattr(self, name)(x)
-        embs["pool"] = x.amax(dim=(2, 3), keepdim=True)
+        embs["pool"] = global_max(x)
         return embs if return_embs else embs["pool"]

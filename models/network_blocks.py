@@ -162,6 +162,17 @@ class _MaxPool2d(torch.autograd.Function):
         return total.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
 
 
+def global_max(x: Tensor) -> Tensor:
+    """Map `(N, C, ...)` to the maxima over all places, `(N, C, 1, ...)`; of equal ones the first has the gradient.
+
+    By index, as `amax` would ask in the backward pass which places equal the maximum. Compiled for a GPU, that pass
+    computes the places anew and leaves them in float32: they equal no maximum that was rounded to bf16, and the
+    gradient, shared by none, is NaN.
+    """
+    places = x.movedim(1, -1).flatten(1, -2)
+    return places.max(dim=1).values.view(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
 class R2Plus1dBlock(nn.Module):
     """Residual block of two (spatial, temporal) pairs of convolutions (Tran et al. 2018, "R(2+1)D").
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, StemConv, init_weights
+from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, StemConv, global_max, init_weights
 from utils.errors import UserError
 
 BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -37,13 +37,13 @@ class R2Plus1d(nn.Module):
 
         With `return_embs` the answer is a dict of `(N, C, T, H, W)` features: `conv1` (after the max-pool), `conv2x`,
         `conv3x`, `conv4x`, `conv5x` and `pool`. A video in channels_last_3d memory is used as it is; another one is
-        converted, once. Equal maxima share the gradient, which makes the backward pass deterministic.
+        converted, once.
         """
         x = video.contiguous(memory_format=torch.channels_last_3d)
         embs = {}
         for name in ("conv1", "conv2x", "conv3x", "conv4x", "conv5x"):
             x = embs[name] = getattr(self, name)(x)
-        embs["pool"] = x.amax(dim=(2, 3, 4), keepdim=True)
+        embs["pool"] = global_max(x)
         return embs if return_embs else embs["pool"]
 
 

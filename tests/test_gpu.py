@@ -7,6 +7,7 @@ does not pass unseen.
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ def small_step(method: str, precision: str, compiled: bool) -> Step:
     form = Form(precision, precision, channels_last=True, in_2d=True, device_negatives=True, compiled=compiled)
     device = torch.device("cuda")
     return Step(cfg, form, synthetic_batch(cfg, device), device)
+
+
+def train_losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["group"] == "train"]
 
 
 @pytest.mark.parametrize("method", ["xid", "vicreg"])
@@ -63,23 +69,26 @@ def test_compiled_steps_train_as_eager_ones_do(method):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", None])
 def test_a_run_in_each_precision(tmp_path, videos, script, precision):
     changes = {"precision": precision, "compile": False if precision else None, "monitor_every": 2}
+    changes["dataset__crop_size"] = (
+        64  # of 32 px one place is left, whose layout cuDNN takes for another (PyTorch 2.11)
+    )
     output = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=ENV).stdout
     assert "held out, after 2 epochs" in output
-    rows = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["group"] == "train"]
+    losses = train_losses(tmp_path / "runs/tiny")
     assert len(losses) == 8 and all(map(math.isfinite, losses))
     state = checkpoint.load(tmp_path / "runs/tiny" / checkpoint.LATEST)
     assert state["epoch"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_two_runs_of_one_seed_see_the_same_clips_and_draw_the_same_negatives(tmp_path, videos):
-    states = []
+    states, losses = [], []
     for name in ("a", "b"):
         run(write_config(tmp_path, videos, name, precision="fp32", compile=False), env=ENV)
         states.append(checkpoint.load(tmp_path / "runs" / name / checkpoint.LATEST))
+        losses.append(train_losses(tmp_path / "runs" / name))
     assert differences(*states, parts=("audio_stats", "epoch", "step")) == []
-    for name, value in states[0]["model"].items():  # cuDNN's backward kernels add in no fixed order
-        torch.testing.assert_close(states[1]["model"][name], value, rtol=0.05, atol=0.02)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # cuDNN's backward kernels add in no fixed order
 
 
 def test_the_guard_reads_its_verdict_a_step_late(tmp_path):

@@ -10,7 +10,7 @@ from criterions import build_criterion
 from criterions.memory_bank import MemoryBank
 from datasets.preprocessing import BatchPrep, num_spectrogram_frames
 from models import build_model
-from models.network_blocks import PointwiseConv, SpatialConv, SpatialMaxPool, StemConv, TemporalConv
+from models.network_blocks import PointwiseConv, SpatialConv, SpatialMaxPool, StemConv, TemporalConv, global_max
 from models.video import R2Plus1d
 from utils.compiling import compiles
 from utils.distributed import wrap
@@ -70,7 +70,7 @@ class PlainR2Plus1d(R2Plus1d):
         embs = {}
         for name in ("conv1", "conv2x", "conv3x", "conv4x", "conv5x"):
             x = embs[name] = getattr(self, name)(x)
-        embs["pool"] = x.amax(dim=(2, 3, 4), keepdim=True)
+        embs["pool"] = global_max(x)
         return embs if return_embs else embs["pool"]
 
 

@@ -302,12 +302,32 @@ def test_mono_mix_keeps_the_level(tmp_path, make_video, chirp, layout):
     np.testing.assert_allclose(waveform, chirp(np.arange(len(waveform)) / 48000), atol=1e-3)
 
 
-def test_whole_numbers_need_no_resampler(tmp_path, make_video, monkeypatch):
-    path = make_video(tmp_path / "a.mkv", video=False, audio_codec="flac")
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+@pytest.mark.parametrize("codec", ["flac", "aac", "pcm_s16le", "pcm_s32le", "pcm_f32le"])
+def test_what_is_mixed_here_is_what_swresample_mixes(tmp_path, make_video, monkeypatch, codec, layout):
+    path = make_video(tmp_path / "a.mkv", video=False, audio_codec=codec, layout=layout)
     direct = read_clip(path).waveform
     assert len(np.unique(direct)) > 1000
-    monkeypatch.setattr(waveform, "FULL_SCALE", {})
-    assert np.array_equal(direct, read_clip(path).waveform)
+    monkeypatch.setattr(waveform, "SAMPLES", {})
+    np.testing.assert_allclose(direct, read_clip(path).waveform, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("format", ["flt", "fltp"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_loud_samples_are_mixed_as_by_swresample_and_broken_ones_silent(format, channels):
+    samples = np.random.default_rng(0).normal(0, 1, (channels, 1000)).astype(np.float32)
+
+    def frame():
+        data = samples if format == "fltp" else samples.T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data), format, ("mono", "stereo")[channels - 1])
+        frame.sample_rate = 16000
+        return frame
+
+    (mixed,) = av.AudioResampler("s32p", "mono", 16000).resample(frame())
+    expected = mixed.to_ndarray()[0].astype(np.float32) / 2**31
+    np.testing.assert_allclose(waveform._mean_of_channels(frame()), expected, rtol=0, atol=1e-7)
+    samples[0, ::100], expected[::100] = np.nan, 0.0
+    np.testing.assert_allclose(waveform._mean_of_channels(frame()), expected, rtol=0, atol=1e-7)
 
 
 def test_gaps_are_zeros_and_overlaps_are_trimmed():
