@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from utils.benchmark_forms import Form, Step, forms_of, synthetic_batch
 from utils.benchmark_tools import (
@@ -32,7 +33,7 @@ from utils.benchmark_tools import (
 )
 from utils.cli import at_least
 from utils.config import load_config
-from utils.errors import UserError
+from utils.errors import RunFailed, UserError
 from utils.memory import default_device
 
 COLUMNS = (
@@ -132,10 +133,21 @@ def first_calls(forms: Iterable[Form], build: Callable[[Form], Run], device: tor
         before = allocated(device)
         row = Row(form, build(form))
         row.first_s = seconds_of(row.run, device)
+        check_finite(form.name, row.run)
         row.static = allocated(device) - before
         rows.append(row)
         print(f"{form.name}: first call {row.first_s:.1f} s", file=sys.stderr)
     return rows
+
+
+def check_finite(name: str, run: Callable[[], Tensor]) -> None:
+    """Call a step that was called before: its loss shows what the gradients were.
+
+    Raises:
+        RunFailed: it is not finite. How fast that is computed is no one's question.
+    """
+    if not run().isfinite().all():
+        raise RunFailed(f"{name}: after the first call, what it computes is not finite; nothing was measured")
 
 
 def measure_and_report(

@@ -17,6 +17,7 @@ import torch
 
 from datasets import build_training
 from utils.benchmark_forms import Step, forms_of
+from utils.benchmark_step import check_finite
 from utils.benchmark_tools import Run, machine, table, wait, write_json
 from utils.cli import at_least
 from utils.config import load_config
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
     for _ in range(WARM_UP):
         step()
+    check_finite(args.cfg, step)
     alone = {"step": seconds(step, args.steps, device)}
     for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):  # what has queued up in the meantime
         next(batches)
