@@ -69,6 +69,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     """One process of the run, from the data to the last checkpoint."""
     folder = start_run(cfg, args.quiet)
     precision = Precision(cfg["precision"], device)
+    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches have one shape
     stop = StopSignal()
 
     stage("Data")

@@ -10,7 +10,6 @@
 #     training   loader and step together, on the same clips
 #     inference  the evaluation's table
 #     tests      all GPU tests
-#     search     the step's table once more, cuDNN choosing kernels by timing
 #     bank       the memory bank's
 # What times a step has the GPU to itself. A part that fails or runs out of time takes nothing from the others; a training
 # that runs out of time saves first. All that was printed is in OUT/log.txt, the end of each part here; tables, pictures
@@ -71,17 +70,12 @@ tests() {
     part tests 300 -m pytest -v -n 3 --durations=5 $gpu_tests
 }
 
-search() {
-    part search 260 -c 'import runpy, torch; torch.backends.cudnn.benchmark = True; runpy.run_module("utils.benchmark", alter_sys=True, run_name="__main__")' \
-        step configs/VGGSound-N1024.yaml --rounds 3
-}
-
 bank() {
     part bank 120 -m utils.benchmark bank --steps 20 --instances 50000 1000000
 }
 
 nvidia-smi | tee -a "$out/log.txt" | head -n 12
-[ $# -gt 0 ] || set -- smoke step learn training inference tests search bank
+[ $# -gt 0 ] || set -- smoke step learn training inference tests bank
 for name in "$@"; do
     "$name"
 done
