@@ -11,6 +11,7 @@ batches of all processes, and every sample's randomness hangs on its place in th
 import argparse
 import copy
 import math
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,8 @@ def fine_tune(
         dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
         if compiles(cfg["compile"], device):
             prepare.compile(dynamic=False)
+        batches.start_at(start_epoch, last_epoch - start_epoch)
+        stream = prefetch(loader, device)
     for epoch in range(start_epoch, last_epoch):
         warming = epoch < warmup  # first the classifier alone, on a backbone in eval mode
         if epoch in (start_epoch, warmup):
@@ -160,9 +163,8 @@ def fine_tune(
             optimizer.load_state_dict(state["optimizer"])
         model.train()
         model.video_model.train(not warming)
-        batches.start_at(epoch)
         averages, clock = Averages(), StepClock()
-        for step, batch in enumerate(clock.timed(prefetch(loader, device))):
+        for step, batch in enumerate(clock.timed(islice(stream, batches.steps))):
             for share in gather_objects(batch["failures"]):
                 failures(share)
             has_clips, size = "frames" in batch, batches.size(step)

@@ -9,6 +9,7 @@ The same command again goes on where the run stopped.
 
 import argparse
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 
@@ -120,12 +121,14 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     if start_step == 0:
         monitor.record(writer, start_epoch, start_epoch * batches.steps)
     averages, clock = Averages(), StepClock(compiles(cfg["compile"], device))
+    batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
+    stream = prefetch(loader, device)
     for epoch in range(start_epoch, num_epochs):
         model.train()
-        batches.start_at(epoch, start_step)
         losses, indices = [], []
         clock.restart()
-        for i, batch in enumerate(clock.timed(prefetch(loader, device)), start_step * accumulate):
+        epoch_batches = islice(stream, (batches.steps - start_step) * accumulate)
+        for i, batch in enumerate(clock.timed(epoch_batches), start_step * accumulate):
             step, part = divmod(i, accumulate)
             bad.record(batch)
             last_part = part == accumulate - 1

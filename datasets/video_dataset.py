@@ -302,7 +302,7 @@ def read_list(file: Path, help_text: str) -> list[str]:
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch.
+    """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch, of one epoch or several on end.
 
     A global batch is `batch_size` consecutive positions; it is cut into `parts` (gradient accumulation), each part into
     the ranks' shares. So W processes see, together, exactly the batches that one sees; but for the last, smaller one
@@ -326,26 +326,30 @@ class EpochBatches(Sampler):
         rest = length % batch_size // pieces * pieces
         if rest and not drop_last:
             self.sizes.append(rest)
-        self.epoch, self.first_step = 0, 0
+        self.epoch, self.first_step, self.epochs = 0, 0, 1
 
     @property
     def steps(self) -> int:
         """Global batches in an epoch."""
         return len(self.sizes)
 
-    def start_at(self, epoch: int, step: int = 0) -> None:
-        """Let the next pass be this epoch's, from this step on."""
-        self.epoch, self.first_step = epoch, step
+    def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
+        """Let the next pass be of so many epochs, from this step of this one on.
+
+        In a pass of several, workers load the next epoch's first batches while the last ones are trained on.
+        """
+        self.epoch, self.first_step, self.epochs = epoch, step, epochs
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.parts
+        return (self.epochs * self.steps - self.first_step) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first_step, self.steps):
+        for i in range(self.first_step, self.epochs * self.steps):
+            later, step = divmod(i, self.steps)
             share = self.sizes[step] // (self.parts * self.world_size)
             for part in range(self.parts):
                 start = step * self.batch_size + (part * self.world_size + self.rank) * share
-                yield [(self.epoch, position) for position in range(start, start + share)]
+                yield [(self.epoch + later, position) for position in range(start, start + share)]
 
 
 def collate(samples: list[dict]) -> dict:

@@ -7,7 +7,6 @@ little.) Nothing is saved.
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,12 +101,11 @@ def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
     Raises:
         UserError: a batch holds a clip for which no video could be read.
     """
-    for epoch in itertools.count():
-        loader.batch_sampler.start_at(epoch)
-        for batch in loader:
-            if "frames" not in batch:
-                raise UserError(f"no video could be read for a clip; the last one tried: {batch['failures'][-1][1]}")
-            yield batch
+    loader.batch_sampler.start_at(0, epochs=1_000_000)
+    for batch in loader:
+        if "frames" not in batch:
+            raise UserError(f"no video could be read for a clip; the last one tried: {batch['failures'][-1][1]}")
+        yield batch
 
 
 def one_step(step: Step, batches: Iterator[dict]) -> Times:

@@ -84,6 +84,10 @@ def test_shares_are_the_batches_of_one_process(length, batch, processes):
     sizes = [[len(share[step]) for share in shares] for step in range(len(whole))]
     assert all(max(row) - min(row) <= 1 for row in sizes)
     assert sum(map(len, SharedBatches(length, batch, 0, 1, drop_last=True))) == length // batch * batch
+    several = SharedBatches(length, batch, 0, 1)
+    several.start_at(2, epochs=2)
+    assert list(several) == [[(epoch, i) for _, i in keys] for epoch in (2, 3) for keys in whole]
+    assert len(several) == 2 * len(whole)
 
 
 def test_missing_videos_are_counted_and_named(videos):

@@ -124,6 +124,17 @@ def test_processes_and_parts_share_the_batches_of_one(world_size, parts):
         assert together == batch
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_pass_of_several_epochs_is_their_batches_on_end(parts):
+    batches, single = EpochBatches(27, 8, parts=parts), EpochBatches(27, 8, parts=parts)
+    expected = []
+    for epoch, step in ((3, 2), (4, 0), (5, 0)):
+        single.start_at(epoch, step)
+        expected += list(single)
+    batches.start_at(3, 2, epochs=3)
+    assert list(batches) == expected and len(batches) == len(expected) == 7 * parts
+
+
 def test_a_short_last_batch_is_kept_if_asked_for():
     batches = [list(EpochBatches(27, 8, rank=r, world_size=2, drop_last=False)) for r in range(2)]
     assert [len(batch) for batch in batches[0]] == [4, 4, 4, 1] == [len(batch) for batch in batches[1]]
