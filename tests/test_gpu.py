@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.tiny import PYTHONPATH, REPO, differences, needs_gpu, run, write_config
+from tests.tiny_evaluation import make_ucf, write_evaluation
 from utils import checkpoint
 from utils.benchmark_forms import Form, Step, synthetic_batch
 from utils.config import load_config
@@ -78,6 +79,22 @@ def test_a_run_in_each_precision(tmp_path, videos, script, precision):
     assert len(losses) == 8 and all(map(math.isfinite, losses))
     state = checkpoint.load(tmp_path / "runs/tiny" / checkpoint.LATEST)
     assert state["epoch"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("script", "classifier"),
+    [("eval-action-recg-linear.py", "MOSTWrapper"), ("eval-action-recg.py", "ClassificationWrapper")],
+)
+def test_the_evaluations_run_as_they_come(tmp_path, make_video, script, classifier):
+    """bf16 and compiled; a second call goes on, from features on disk or from what was trained."""
+    ucf = make_ucf(tmp_path / "ucf", make_video)
+    changes = {"dataset__crop_size": 64, "feature_views": 2} if "linear" in script else {"dataset__crop_size": 64}
+    cfg, model = write_evaluation(tmp_path, ucf, classifier, **changes), write_config(tmp_path, ucf)
+    run(cfg, model, "--random-weights", script=script, env=ENV)
+    run(cfg, model, "--random-weights", "--resume", script=script, env=ENV)
+    (file,) = tmp_path.rglob("results.json")
+    found = json.loads(file.read_text())
+    assert all(part["videos"] == 6 and 0 <= part["Clip@1"] <= 100 for part in found["results"].values())
 
 
 def test_two_runs_of_one_seed_see_the_same_clips_and_draw_the_same_negatives(tmp_path, videos):
