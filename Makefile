@@ -24,7 +24,7 @@ demo: $(VENV)/ready
 	$(RUN) -m utils.report checkpoints/demo
 
 test: $(VENV)/ready lint
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 $(VENV)/notebooks-ready: $(VENV)/ready requirements-notebooks.txt
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-notebooks.txt
