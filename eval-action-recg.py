@@ -138,7 +138,7 @@ def fine_tune(
         loader = build_video_clips(cfg, test, device, random=random, even=even)
         return clip_outputs(logits, loader, len(test), data["batch_size"], failures)
 
-    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches have one shape
+    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
     start_epoch = 0
     if state is not None:
         checkpoint.load_weights(model, state["model"], str(stored.file))

@@ -102,11 +102,12 @@ class HostMemoryBank(MemoryBank):
 class FoldedStemConv(StemConv):
     """The stem of stride 2 on blocks of 2 x 2 pixels, a try: is it faster on a GPU?
 
-    With a row and a column of zeros before it the k x k kernel is an 8 x 8 one of stride 2 (k = 7), that is a 4 x 4 one
-    of stride 1 on blocks, whose four pixels' channels lie one after the other.
+    With a row and a column of zeros before it the 7 x 7 kernel is an 8 x 8 one of stride 2, and that is a 4 x 4 one of
+    stride 1 on blocks, whose four pixels' channels lie one after the other.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, C, T, H, W)` as `StemConv` does."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         (height, width), before = x.shape[3:], self.padding[1] + 1

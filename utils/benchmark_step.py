@@ -127,14 +127,20 @@ class Row:
         }
 
 
-def first_calls(forms: Iterable[Form], build: Callable[[Form], Run], device: torch.device) -> list[Row]:
-    """A row for each form, which `build` makes a call of; called once, which is told at once: compiling takes long."""
+def first_calls(
+    forms: Iterable[Form], build: Callable[[Form], Callable[[], Tensor]], device: torch.device
+) -> list[Row]:
+    """A row for each form, which `build` makes a call of; its first call's time is told at once: compiling takes long.
+
+    Raises:
+        RunFailed: a form computes what is not finite.
+    """
     rows = []
     for form in forms:
-        before = allocated(device)
-        row = Row(form, build(form))
-        row.first_s = seconds_of(row.run, device)
-        check_finite(form.name, row.run)
+        before, call = allocated(device), build(form)
+        row = Row(form, call)
+        row.first_s = seconds_of(call, device)
+        check_finite(form.name, call)
         row.static = allocated(device) - before
         rows.append(row)
         print(f"{form.name}: first call {row.first_s:.1f} s", file=sys.stderr)
