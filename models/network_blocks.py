@@ -6,13 +6,18 @@ one after the other. In that memory a spatial convolution is a 2D convolution of
 ones without trouble in bf16). The weights keep the shapes and names of the 3D convolutions they stand for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
+
+try:
+    from models import stem_kernels
+except ImportError:  # no Triton, without which nothing is compiled for a GPU
+    stem_kernels = None
 
 
 def frames_as_batch(x: Tensor) -> Tensor:
@@ -119,7 +124,7 @@ class StemConv(_Conv3dIn2D):
 class SpatialMaxPool(nn.MaxPool3d):
     """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame.
 
-    Compiled for a GPU, it brings its own backward pass (`_MaxPool2d`). The one that torch.compile makes adds gradients
+    Compiled for a GPU, it is ours (`models/stem_kernels.py`): the backward pass that torch.compile makes adds gradients
     with atomics, in no fixed order, to a zeroed float32 tensor that is not in channels_last memory.
     """
 
@@ -127,39 +132,35 @@ class SpatialMaxPool(nn.MaxPool3d):
         super().__init__((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = frames_as_batch(x)
-        if torch.compiler.is_compiling() and x.is_cuda:  # the C++ that PyTorch 2.11 makes of it for a CPU is wrong
-            pooled = _MaxPool2d.apply(frames)
-        else:
-            pooled = F.max_pool2d(frames, self.kernel_size[1:], self.stride[1:], self.padding[1:])
+        if compiled_for_a_gpu(x):
+            return _by_frames(stem_kernels.max_pool, x)
+        pooled = F.max_pool2d(frames_as_batch(x), self.kernel_size[1:], self.stride[1:], self.padding[1:])
         return batch_as_frames(pooled, x.shape[0])
 
 
-class _MaxPool2d(torch.autograd.Function):
-    """The 3x3 max-pool of stride 2 whose backward pass gathers: a place asks the four windows that it may lie in."""
+class Stem(nn.Sequential):
+    """`StemConv`, BN, ReLU and `SpatialMaxPool`. Compiled for a GPU, the last three are one (`models/stem_kernels.py`).
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        pooled, winners = F.max_pool2d(x, 3, stride=2, padding=1, return_indices=True)
-        ctx.save_for_backward(winners)
-        ctx.height_width = x.shape[2:]
-        return pooled
+    But where BN is not of this process alone (`utils/sync_bn.py`).
+    """
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        (winners,) = ctx.saved_tensors  # (N, C, H', W'): where in the frame each window's maximum is
-        (high, wide), (height, width) = winners.shape[2:], ctx.height_width
-        # Rows 2i and 2i + 1 lie in no windows but i and i + 1, columns alike. Past the last windows nothing wins.
-        grad = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1))
-        winners = F.pad(winners.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1), value=-1)
-        rows = torch.arange(2 * high, device=grad.device).view(high, 2, 1, 1, 1)
-        places = rows * width + torch.arange(2 * wide, device=grad.device).view(wide, 2, 1)
-        total = torch.zeros((), dtype=grad.dtype, device=grad.device)
-        for i in (0, 1):
-            for j in (0, 1):
-                window = (slice(None), slice(i, i + high), None, slice(j, j + wide), None)
-                total = total + torch.where(winners[window] == places, grad[window], 0)
-        return total.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn, relu, pool = self
+        x = conv(x)
+        if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
+            return _by_frames(lambda frames: stem_kernels.bn_relu_pool(frames, bn), x)
+        return pool(relu(bn(x)))
+
+
+def compiled_for_a_gpu(x: Tensor) -> bool:
+    """Whether this is being compiled, for a tensor on a GPU."""
+    return torch.compiler.is_compiling() and x.is_cuda
+
+
+def _by_frames(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function`, which maps frames `(M, H, W, C)`, on those of `(N, C, T, H, W)`."""
+    frames = function(frames_as_batch(x).permute(0, 2, 3, 1))
+    return batch_as_frames(frames.permute(0, 3, 1, 2), x.shape[0])
 
 
 def global_max(x: Tensor) -> Tensor:

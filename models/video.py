@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, StemConv, global_max, init_weights
+from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, Stem, StemConv, global_max, init_weights
 from utils.errors import UserError
 
 BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -23,7 +23,7 @@ class R2Plus1d(nn.Module):
             raise UserError(f"model.args.video_backbone_args.depth: unknown depth {depth!r} of R2Plus1d; use {allowed}")
         self.out_dim = 512
         blocks = BLOCKS_PER_STAGE[depth]
-        self.conv1 = nn.Sequential(
+        self.conv1 = Stem(
             StemConv(3, 64, kernel_size=7, stride=2), nn.BatchNorm3d(64), nn.ReLU(inplace=True), SpatialMaxPool()
         )
         self.conv2x = _stage(64, 64, blocks[0], stride=1)

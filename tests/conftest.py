@@ -9,9 +9,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton's kernels in Python, on a CPU's tensors; read when a kernel is defined
+    )
 torch.set_num_threads(1)  # tests run side by side, and start processes, on few cores
 # seconds of imports once, not in each process; an optimizer imports the second
 multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "av"])

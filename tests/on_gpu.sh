@@ -42,7 +42,7 @@ smoke() {
 }
 
 step() {
-    part step 260 -m utils.benchmark step configs/VGGSound-N1024.yaml --candidates --rounds 3 --top-kernels 15 \
+    part step 260 -m utils.benchmark step configs/VGGSound-N1024.yaml --rounds 3 --top-kernels 15 \
         --json "$out/step.json" --png "$out/step.png"
 }
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from criterions import build_criterion
@@ -17,7 +16,6 @@ from models.network_blocks import (
     SpatialMaxPool,
     StemConv,
     TemporalConv,
-    batch_as_frames,
     global_max,
 )
 from models.video import R2Plus1d
@@ -43,13 +41,12 @@ class Form:
     timed_kernels: bool = False  # cuDNN's
     keeps_memory: bool = False  # freed memory, on a CPU; PyTorch does so on a GPU
     compiled: bool = False
-    folded_stem: bool = False
 
 
-def forms_of(cfg: dict, device: torch.device, candidates: bool = False) -> tuple[list[Form], list[str]]:
+def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     """The forms that mean something for this configuration here, and in words those that are left out.
 
-    The last one is what the scripts run; with `candidates` another follows it, what they might.
+    The last one is what the scripts run.
     """
     gpu, left_out = device.type == "cuda", []
     form = Form("plain: float32, NCDHW, 3D, unfused Adam", "tf32" if gpu else "fp32")
@@ -74,8 +71,6 @@ def forms_of(cfg: dict, device: torch.device, candidates: bool = False) -> tuple
     asked = cfg["compile"]
     why = "off on a CPU (--set compile=true)" if asked is None and not gpu else "off or not possible here"
     add(compiles(asked, device), why, "+ torch.compile", compiled=True)
-    if candidates:
-        add(True, "", "candidate: + stem on blocks of 2 x 2 pixels", folded_stem=True)
     return forms, left_out
 
 
@@ -97,32 +92,6 @@ class HostMemoryBank(MemoryBank):
     def sample_negatives(self, index: Tensor, k: int) -> Tensor:
         others = torch.randint(self.num_instances - 1, (len(index), k))
         return (others + (others >= index.cpu()[:, None])).to(index.device)
-
-
-class FoldedStemConv(StemConv):
-    """The stem of stride 2 on blocks of 2 x 2 pixels, a try: is it faster on a GPU?
-
-    With a row and a column of zeros before it the 7 x 7 kernel is an 8 x 8 one of stride 2, and that is a 4 x 4 one of
-    stride 1 on blocks, whose four pixels' channels lie one after the other.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(N, C, T, H, W)` as `StemConv` does."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        (height, width), before = x.shape[3:], self.padding[1] + 1
-        down, right = (2 * (-(-size // 2) + before - 1) - size - before for size in (height, width))
-        padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, before, right, before, down, 1, 1))
-        taps = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=4).flatten(0, 1)
-        weight = F.pad(self.weight.permute(0, 3, 4, 2, 1).flatten(3), (0, 0, 1, 0, 1, 0))
-        missing = -4 * weight.shape[3] % self._channel_group(x)
-        frames, weight = (F.pad(_blocks(t), (0, missing)).permute(0, 3, 1, 2) for t in (taps, weight))
-        return batch_as_frames(F.conv2d(frames, weight), x.shape[0])
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """`(N, H, W, C)`, height and width even, as `(N, H/2, W/2, 4C)`."""
-    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3)
 
 
 def in_3d(backbone: R2Plus1d, channels_last: bool) -> None:
@@ -157,8 +126,6 @@ class Step:
             share_head_bn(self.model)
         if not form.in_2d:
             in_3d(self.model.video_model, form.channels_last)
-        if form.folded_stem:
-            self.model.video_model.conv1[0].__class__ = FoldedStemConv
         rows = cfg["loss"]["args"].get("num_instances") or INSTANCES
         self.criterion = build_criterion(cfg["loss"], rows, self.model.out_dim, device, None, cfg["seed"])
         if cfg["loss"]["name"] == "xID" and not form.device_negatives:

@@ -59,7 +59,6 @@ GB peak: of GPU memory, other rows' models left out; not on a CPU. s first: the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `step`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of an xID or VICReg pre-training")
-    parser.add_argument("--candidates", action="store_true", help="also what the scripts do not run, and might")
     add_measuring_arguments(parser)
 
 
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if "benchmark" in cfg:
         raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")
     batch = synthetic_batch(cfg, device)
-    forms, left_out = forms_of(cfg, device, args.candidates)
+    forms, left_out = forms_of(cfg, device)
     rows = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
     measure_and_report(args, cfg, device, rows, left_out, "training step")
 

@@ -14,16 +14,7 @@ from models.network_blocks import StemConv
 from models.video import R2Plus1d
 from tests.tiny import REPO, needs_gpu
 from utils import benchmark
-from utils.benchmark_forms import (
-    FoldedStemConv,
-    Form,
-    HostMemoryBank,
-    PlainR2Plus1d,
-    Step,
-    forms_of,
-    in_3d,
-    synthetic_batch,
-)
+from utils.benchmark_forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
 from utils.benchmark_step import first_calls
 from utils.benchmark_tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
 from utils.config import load_config
@@ -52,18 +43,13 @@ def gradients_of(step, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["xid", "vicreg"])
-@pytest.mark.parametrize(
-    "form",
-    [replace(PLAIN, channels_last=True), OURS, replace(OURS, folded_stem=True)],
-    ids=["channels_last_3d", "2D", "folded stem"],
-)
+@pytest.mark.parametrize("form", [replace(PLAIN, channels_last=True), OURS], ids=["channels_last_3d", "2D"])
 def test_a_fast_form_is_the_plain_step(method, form, monkeypatch):
     cfg = config(method)
     batch = synthetic_batch(cfg, CPU)
     plain, fast = Step(cfg, PLAIN, batch, CPU), Step(cfg, form, batch, CPU)
     assert type(plain.model.video_model) is PlainR2Plus1d and type(plain.model.video_model.conv1[0]) is nn.Conv3d
-    stem = FoldedStemConv if form.folded_stem else StemConv if form.in_2d else nn.Conv3d
-    assert type(fast.model.video_model.conv1[0]) is stem
+    assert (type(fast.model.video_model.conv1[0]) is StemConv) == form.in_2d
     for step in (plain, fast):
         step.model.double(), step.criterion.double(), step.prepare.double()
     frames = batch["frames"].double()
@@ -79,19 +65,6 @@ def _in_float64(cfg, frames, batch):
     """A stand-in for the preprocessing: this test is about what comes after."""
     spec = torch.randn(4, 1, cfg["dataset"]["spec_params"]["n_mels"], 62, generator=torch.Generator().manual_seed(1))
     return (frames / 128 - 1).permute(0, 4, 1, 2, 3), spec.double()
-
-
-@pytest.mark.parametrize("size", [(20, 24), (21, 33), (7, 8)])
-def test_a_stem_on_blocks_is_the_stem(size, monkeypatch):
-    monkeypatch.setattr(StemConv, "_channel_group", staticmethod(lambda x: 8))
-    stem, video = StemConv(3, 16, kernel_size=7, stride=2).double(), torch.randn(2, 3, 5, *size, dtype=torch.float64)
-    results = []
-    for kind in (StemConv, FoldedStemConv):
-        stem.__class__ = kind
-        found = stem(video)
-        results.append((found.detach(), *torch.autograd.grad(found.square().sum(), stem.weight)))
-    for folded, plain in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(folded, plain, rtol=1e-10, atol=1e-10)
 
 
 def test_forms_on_a_cpu_leave_out_what_means_nothing_there():

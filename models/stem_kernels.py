@@ -1,0 +1,221 @@
+"""BN, ReLU and max-pool of the video stem in one pass over its output, forward and backward, by Triton.
+
+That output is the largest of a step, and memory is what a step waits for. One operator after the other, compiled, there
+are two passes over it forward after the statistics, and three backward; here one and one:
+
+* Forward, the pool looks at numbers that it normalises on the way, and keeps of each window the one that wins (as the
+  convolution gave it) and which it was.
+* Backward, no place has a gradient but those that won a window. So the sums that BN's gradient takes run over windows,
+  and the gradient at a place is a * (what its windows send it) + b * x + c, with a, b and c of its channel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+CELLS = 32  # windows of one program
+
+
+def bn_relu_pool(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
+    """ReLU and the 3x3 max-pool of stride 2 after `bn`: frames (M, H, W, C) to (M, ceil(H/2), ceil(W/2), C).
+
+    In training BN normalises by the batch, and its running statistics take the batch in (Ioffe and Szegedy 2015,
+    algorithm 1).
+    """
+    if bn.training:
+        with torch.no_grad():
+            var, mean = torch.var_mean(x.float(), (0, 1, 2), correction=0)
+            count = x.numel() // x.shape[3]
+            bn.num_batches_tracked.add_(1)
+            bn.running_mean.lerp_(mean, bn.momentum)
+            bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    else:
+        mean, var = bn.running_mean, bn.running_var
+    return _NormalisedPool.apply(x, bn.weight, bn.bias, mean, torch.rsqrt(var + bn.eps), bn.training)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """The 3x3 max-pool of stride 2: frames (M, H, W, C) to (M, ceil(H/2), ceil(W/2), C)."""
+    return _MaxPool.apply(x)
+
+
+class _NormalisedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        of_batch: bool,
+    ) -> Tensor:
+        scale = rstd * weight
+        shift = bias - mean * scale
+        winners, places = pool_scaled(x, scale, shift)
+        ctx.save_for_backward(x, scale, shift, mean, rstd, winners, places)
+        ctx.of_batch = of_batch
+        y = (winners * scale + shift).relu()
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # as in utils/sync_bn.py
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, mean, rstd, winners, places = ctx.saved_tensors
+        d_y = torch.where(winners * scale + shift > 0, d_y, 0)
+        d_bias = d_y.float().sum((0, 1, 2))
+        d_weight = (d_y * ((winners - mean) * rstd)).sum((0, 1, 2))
+        times, plus = torch.zeros_like(mean), torch.zeros_like(mean)
+        if ctx.of_batch:
+            count = x.numel() // x.shape[3]
+            times = -scale * rstd * d_weight / count
+            plus = -scale * d_bias / count - times * mean
+        return unpool_scaled(d_y, places, x, scale, times, plus), d_weight, d_bias, None, None, None
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[3], device=x.device)
+        pooled, places = pool_scaled(x, ones, torch.zeros_like(ones))
+        ctx.save_for_backward(x, ones, places)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> Tensor:
+        x, ones, places = ctx.saved_tensors
+        zeros = torch.zeros_like(ones)
+        return unpool_scaled(d_y, places, x, ones, zeros, zeros)
+
+
+@torch.library.custom_op("avssrl::pool_scaled", mutates_args=())
+def pool_scaled(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each 3x3 window (stride 2, padding 1) the element of `x` with the largest x * scale + shift, and its place.
+
+    Args:
+        x: frames (M, H, W, C).
+        scale, shift: float32 (C,).
+
+    Returns:
+        The elements (M, ceil(H/2), ceil(W/2), C) and, int8, their places in the windows: 3 * row + column.
+    """
+    x = x.contiguous()
+    winners, places = _pooled(x, scale, shift)
+    _pool[_grid(winners)](x, scale, shift, winners, places, winners.numel(), *x.shape[1:], *_blocks(x))
+    return winners, places
+
+
+@torch.library.custom_op("avssrl::unpool_scaled", mutates_args=())
+def unpool_scaled(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus: Tensor) -> Tensor:
+    """scale * (the gradients of the windows that an element of `x` won) + times * x + plus: (M, H, W, C).
+
+    Args:
+        d_y: the windows' gradients (M, ceil(H/2), ceil(W/2), C).
+        places: of the elements that won, from `pool_scaled`.
+        x: frames (M, H, W, C).
+        scale, times, plus: float32 (C,).
+    """
+    x, d_y, d_x = x.contiguous(), d_y.contiguous(), torch.empty_like(x)
+    grid = _grid(d_y)
+    _unpool[grid](d_y, places, x, scale, times, plus, d_x, d_y.numel(), *x.shape[1:], *_blocks(x))
+    return d_x
+
+
+@pool_scaled.register_fake
+def _pooled(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    frames, height, width, channels = x.shape
+    winners = x.new_empty(frames, -(-height // 2), -(-width // 2), channels)
+    return winners, torch.empty_like(winners, dtype=torch.int8)
+
+
+@unpool_scaled.register_fake
+def _(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _blocks(x: Tensor) -> tuple[int, int]:
+    """Windows and channels of one program."""
+    return CELLS, min(64, triton.next_power_of_2(x.shape[3]))
+
+
+def _grid(pooled: Tensor) -> tuple[int, int]:
+    """Programs for all windows and channels."""
+    cells, channels = _blocks(pooled)
+    return triton.cdiv(pooled.numel() // pooled.shape[3], cells), triton.cdiv(pooled.shape[3], channels)
+
+
+@triton.jit
+def _pool(
+    x, scale, shift, winners, places, elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr
+):
+    cell, channel, there, frame, row, column = _cells(elements, height, width, channels, CELLS, BLOCK)
+    scales = tl.load(scale + channel, mask=channel < channels)
+    shifts = tl.load(shift + channel, mask=channel < channels)
+    best = tl.full((CELLS, BLOCK), float("-inf"), tl.float32)
+    winner = tl.zeros((CELLS, BLOCK), tl.float32)
+    won = tl.zeros((CELLS, BLOCK), tl.int8)
+    for place in tl.static_range(9):
+        y, z = 2 * row + place // 3 - 1, 2 * column + place % 3 - 1
+        inside = there & ((y >= 0) & (y < height) & (z >= 0) & (z < width))[:, None]
+        at = ((frame * height + y) * width + z) * channels
+        element = tl.load(x + at[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32)
+        value = element * scales[None, :] + shifts[None, :]
+        better = inside & ((value > best) | (value != value))  # what is no number wins: it must not be lost
+        best = tl.where(better, value, best)
+        winner = tl.where(better, element, winner)
+        won = tl.where(better, place, won).to(tl.int8)
+    at = cell[:, None] * channels + channel[None, :]
+    tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=there)
+    tl.store(places + at, won, mask=there)
+
+
+@triton.jit
+def _unpool(
+    d_y, places, x, scale, times, plus, d_x, elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr
+):
+    # Rows 2i and 2i + 1 lie in no windows but i and i + 1, columns alike: four places ask four windows.
+    cell, channel, there, frame, row, column = _cells(elements, height, width, channels, CELLS, BLOCK)
+    high, wide = (height + 1) // 2, (width + 1) // 2
+    below, beside = there & (row + 1 < high)[:, None], there & (column + 1 < wide)[:, None]
+    at = cell[:, None] * channels + channel[None, :]
+    d_here, won_here = _window(d_y, places, at, there)
+    d_beside, won_beside = _window(d_y, places, at + channels, beside)
+    d_below, won_below = _window(d_y, places, at + wide * channels, below)
+    d_across, won_across = _window(d_y, places, at + (wide + 1) * channels, below & beside)
+
+    known = channel < channels
+    a, b, c = tl.load(scale + channel, known), tl.load(times + channel, known), tl.load(plus + channel, known)
+    at = (((frame * height + 2 * row) * width + 2 * column) * channels)[:, None] + channel[None, :]
+    total = tl.where(won_here == 4, d_here, 0)
+    _place(x, d_x, at, there, total, a, b, c)
+    right = there & (2 * column + 1 < width)[:, None]
+    total = tl.where(won_here == 5, d_here, 0) + tl.where(won_beside == 3, d_beside, 0)
+    _place(x, d_x, at + channels, right, total, a, b, c)
+    lower = there & (2 * row + 1 < height)[:, None]
+    total = tl.where(won_here == 7, d_here, 0) + tl.where(won_below == 1, d_below, 0)
+    _place(x, d_x, at + width * channels, lower, total, a, b, c)
+    total = tl.where(won_here == 8, d_here, 0) + tl.where(won_beside == 6, d_beside, 0)
+    total += tl.where(won_below == 2, d_below, 0) + tl.where(won_across == 0, d_across, 0)
+    _place(x, d_x, at + (width + 1) * channels, right & lower, total, a, b, c)
+
+
+@triton.jit
+def _cells(elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's windows and channels, which of them there are, and the windows' frame, row and column."""
+    cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (cell < elements // channels)[:, None] & (channel < channels)[None, :]
+    high, wide = (height + 1) // 2, (width + 1) // 2
+    return cell, channel, there, cell // (high * wide), cell // wide % high, cell % wide
+
+
+@triton.jit
+def _window(d_y, places, at, there):
+    return tl.load(d_y + at, mask=there, other=0).to(tl.float32), tl.load(places + at, mask=there, other=-1)
+
+
+@triton.jit
+def _place(x, d_x, at, there, total, a, b, c):
+    element = tl.load(x + at, mask=there, other=0).to(tl.float32)
+    gradient = a[None, :] * total + b[None, :] * element + c[None, :]
+    tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=there)
