@@ -38,7 +38,6 @@ class Form:
     channels_last: bool = False  # and fused Adam
     in_2d: bool = False  # convolutions and max-pool
     device_negatives: bool = False
-    timed_kernels: bool = False  # cuDNN's
     keeps_memory: bool = False  # freed memory, on a CPU; PyTorch does so on a GPU
     compiled: bool = False
 
@@ -65,7 +64,6 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     has_bank, why = cfg["loss"]["name"] == "xID", "a CPU is the device" if not gpu else "this loss draws none"
     add(has_bank and gpu, why, "+ negatives drawn on the device", device_negatives=True)
     forms[-1] = replace(forms[-1], device_negatives=True)
-    add(gpu, "a CPU is the device", "+ cuDNN's kernels chosen by timing", timed_kernels=True)
     why = "PyTorch does so on a GPU" if gpu else "it takes glibc"
     add(not gpu and keep_freed_memory(), why, "+ freed memory kept", keeps_memory=True)
     asked = cfg["compile"]
@@ -151,7 +149,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         keep_freed_memory(self.form.keeps_memory)
-        torch.backends.cudnn.benchmark = self.form.timed_kernels
+        torch.backends.cudnn.benchmark = True  # in all forms: a choice once made for a shape stays
         loss = self.loss()
         loss.backward()
         self.optimizer.step()

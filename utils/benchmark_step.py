@@ -2,8 +2,8 @@
 
 A step is device preprocessing, forward, backward, optimizer and bank, on a synthetic batch that lies on the device. All
 rows run the same batch in the same process, in turns. The plain form: float32 (on a GPU with TF32), 3D convolutions on
-NCDHW memory, negatives drawn on the CPU, Adam not fused and, on a CPU, freed memory given back to the system. The audio
-network is the same in all rows.
+NCDHW memory, negatives drawn on the CPU, Adam not fused and, on a CPU, freed memory given back to the system. In all
+rows the audio network is the same, and cuDNN chooses its kernels by timing.
 """
 
 import argparse
