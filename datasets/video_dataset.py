@@ -197,8 +197,9 @@ class TrainingClips(Dataset):
                 starts = sampling.audio_visual(
                     file.span("video"), file.span("audio"), self.recipe.video_seconds, self.recipe.audio_seconds, rng
                 )
-                sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
+                # the sound first: it mostly begins earlier, and only an unread file is still at its first packet
                 sample["waveform"] = read_waveform(file, starts[1], self.recipe)
+                sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
                 sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng)
         return sample
 

@@ -13,7 +13,7 @@ SAMPLES = {"s16": (np.int16, 2**15), "s32": (np.int32, 2**31), "flt": (np.float3
 
 
 def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
-    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate, nothing above 1.
+    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate.
 
     One and two channels are averaged here, others mixed by swresample, which takes longer than to decode them. Its
     matrix is normalised, so that nothing clips, only where the output is not floating-point: mix to int32.
@@ -36,7 +36,7 @@ def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
 
 
 def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
-    """Float32 samples from -1 to 1 of a frame in one of the formats of `SAMPLES`; what is no number is silent."""
+    """Float32 samples of a frame in one of the formats of `SAMPLES`; floating-point ones may be anything, NaN too."""
     kind, full_scale = SAMPLES[frame.format.name.removesuffix("p")]
     count, width = frame.samples, frame.layout.nb_channels
     if frame.format.is_planar:
@@ -46,7 +46,7 @@ def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
     mean = channels[0].astype(np.float32)
     if width == 2:
         mean = (mean + channels[1]) / 2
-    return np.nan_to_num(np.clip(mean / full_scale, -1, 1), nan=0.0).astype(np.float32, copy=False)
+    return (mean / full_scale).astype(np.float32, copy=False)
 
 
 def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float, np.ndarray]]:
@@ -69,7 +69,7 @@ def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float
 
 
 def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate: int, length: int) -> np.ndarray:
-    """`length` samples at `rate` Hz from `start` seconds on; zeros where there is no piece.
+    """`length` samples at `rate` Hz from `start` seconds on, from -1 to 1; zeros where there is no piece or no number.
 
     Output samples lie at whole multiples of 1 / rate on the file's clock, wherever the clip starts. To that end the
     track handed to the resampler starts where a sample of the file and one of the output coincide.
@@ -86,6 +86,8 @@ def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate:
         if len(part):
             track[at + trim : at + trim + len(part)] = part
             filled = at + trim + len(part)
+    np.clip(track, -1, 1, out=track)
+    track[np.isnan(track)] = 0  # else the filter would spread it
     if rate != native:
         track = _resample(track, native, rate)
     skip = round(start * rate) - begin * rate // native

@@ -323,11 +323,16 @@ def test_loud_samples_are_mixed_as_by_swresample_and_broken_ones_silent(format, 
         frame.sample_rate = 16000
         return frame
 
+    def cut(rate=16000):
+        return waveform.cut([(0.0, waveform._mean_of_channels(frame()))], 16000, 0.0, rate, rate // 16)
+
     (mixed,) = av.AudioResampler("s32p", "mono", 16000).resample(frame())
     expected = mixed.to_ndarray()[0].astype(np.float32) / 2**31
-    np.testing.assert_allclose(waveform._mean_of_channels(frame()), expected, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(cut(), expected, rtol=0, atol=1e-7)
     samples[0, ::100], expected[::100] = np.nan, 0.0
-    np.testing.assert_allclose(waveform._mean_of_channels(frame()), expected, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(cut(), expected, rtol=0, atol=1e-7)
+    samples[0, 1::100] = np.inf
+    assert np.isfinite(cut(8000)).all()
 
 
 def test_gaps_are_zeros_and_overlaps_are_trimmed():
