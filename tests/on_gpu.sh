@@ -21,7 +21,7 @@ shift 2
 export AVSSRL_NEEDS_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 logs=$(mktemp -d)
-gpu_tests="tests/test_gpu.py tests/utils/test_prefetch.py tests/utils/test_benchmark_step.py"
+gpu_tests="tests/test_gpu.py tests/models/test_stem_kernels.py tests/utils/test_prefetch.py tests/utils/test_benchmark_step.py"
 
 part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; SIGTERM, and SIGKILL 20 s later
     local name=$1 limit=$2 left=$((end - SECONDS - 20)) start=$SECONDS status=0
@@ -38,7 +38,7 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
 }
 
 smoke() {
-    part smoke 150 -m pytest -v -n 4 tests/test_gpu.py -k "waits or guard or synchronised or fp32"
+    part smoke 150 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py -k "waits or guard or fp32 or pass"
 }
 
 step() {
@@ -47,10 +47,8 @@ step() {
 }
 
 learn() {
-    # Not compiled: that takes a minute, and 16 cores load no faster than both train without. To save and to measure
-    # takes seconds: seldom.
-    local limit=$((end - SECONDS - 60)) how="--set compile=false --set test_freq=10 --set monitor_every=10"
-    how+=" --set num_workers=8"
+    # To decode the clips once is what keeps up with a GPU; to save takes seconds: seldom.
+    local limit=$((end - SECONDS - 60)) how="--set dataset.decode_once=true --set test_freq=20 --set num_workers=8"
     part vicreg $limit main-vicreg.py configs/grid/vicreg.yaml $how &
     part xid $limit main-ssl.py configs/grid/xid.yaml $how &
     wait
