@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
+from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker, message_of
 
 
 def pretraining_parser(description: str) -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, RunFailed, Preempted) as error:
         title = {UserError: "error", RunFailed: "failed", Preempted: "preempted"}[type(error)]
-        print(f"{title}: {error}", file=sys.stderr)
+        print(f"{title}: {message_of(error)}", file=sys.stderr)
         sys.exit(STATUS[type(error)])
     except RuntimeError as error:
         if (message := lost_worker(error)) is None:

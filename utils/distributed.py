@@ -29,7 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.compiling import compiles
-from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker
+from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker, message_of
 from utils.memory import default_device
 from utils.processes import cores
 
@@ -435,7 +435,7 @@ def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, me
     try:
         _run_one(plan, plan.first_rank + local_rank, local_rank, worker, args)
     except (UserError, RunFailed, Preempted) as error:
-        messages.put((type(error), str(error)))
+        messages.put((type(error), message_of(error)))
         sys.exit(STATUS[type(error)])
     except RuntimeError as error:
         if (message := lost_worker(error)) is None:

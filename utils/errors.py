@@ -39,6 +39,14 @@ def allowed(name: object, known: Iterable) -> str:
     return f"use {', '.join(known)}" + (f" ({hint})" if hint else "")
 
 
+def message_of(error: Exception) -> str:
+    """An error's message; where a loader's worker raised it, without the traceback that PyTorch puts before it."""
+    text = str(error)
+    if not (text.startswith("Caught ") and " in DataLoader worker process " in text.splitlines()[0]):
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2]
+
+
 def lost_worker(error: BaseException | None) -> str | None:
     """What PyTorch said of a loader's worker that died, if `error` goes back to that; else None.
 

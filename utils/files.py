@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import TextIO
 
@@ -11,20 +12,28 @@ from utils.errors import UserError
 log = logging.getLogger("avssrl")
 
 
-def write_whole(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a text file, its folder made, so that a reader finds the old one or the new one, never half of one.
+def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "strict") -> None:
+    """Write a file, its folder made, so that a reader finds the old one or the new one, never half of one.
+
+    Several processes may write the same file at once: the last one's stays.
 
     Args:
-        errors: as `open` takes it: what to do with characters that are none in UTF-8.
+        parts: texts, written as UTF-8, or bytes, one after the other.
+        errors: as `str.encode` takes it: what to do with characters that are none in UTF-8.
 
     Raises:
         UserError: it cannot be written.
     """
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8", errors, newline="")
-        os.replace(temporary, file)
+        try:
+            with temporary.open("wb") as out:
+                for part in parts:
+                    out.write(part.encode("utf-8", errors) if isinstance(part, str) else part)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{file}: could not be written: {error}") from None
 

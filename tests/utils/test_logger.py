@@ -133,6 +133,10 @@ def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/table.csv: could not be written"):
         write_whole(tmp_path / "file/table.csv", "")
+    (tmp_path / "folder/below").mkdir(parents=True)
+    with pytest.raises(UserError, match="folder: could not be written"):
+        write_whole(tmp_path / "folder", b"a", memoryview(b"b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "new"]
     for name in ("file/picture.png", "picture.xyz"):
         with pytest.raises(UserError, match=f"{name}: could not be drawn"):
             save_figure(Figure(), tmp_path / name)
