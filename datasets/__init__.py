@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from datasets import folder, hmdb, ucf, vggsound
 from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
+from datasets.decoded import DecodedVideos
 from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos
 from datasets.video_dataset import (
     ClipRecipe,
@@ -72,7 +73,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     if train["return_labels"] and (videos.labels < 0).all():
         raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; leave the key out, or add them")
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
-    clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs)
+    clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, _decoded(cfg, sound=not pairs))
     batches = EpochBatches(
         len(clips),
         data["batch_size"],
@@ -95,7 +96,7 @@ def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_V
     videos = build_videos(data, data["test"]["split"])
     recipe = ClipRecipe.from_config(data, augment=False)
     windows = data["test"]["clips_per_video"]
-    clips = EvenClips(videos, recipe, windows)
+    clips = EvenClips(videos, recipe, windows, _decoded(cfg))
     if most is not None and most < len(videos):
         clips = Subset(clips, np.linspace(0, len(videos) - 1, most).round().astype(int).tolist())
     batch_size = max(1, data["batch_size"] // windows)
@@ -193,6 +194,14 @@ def build_video_clips(
     step = max(world_size(), cfg["dataset"]["batch_size"] // (random + even))
     batches = SharedBatches(len(videos), step, rank(), world_size())
     return make_loader(clips, _workers(cfg), device, batch_sampler=batches, collate_fn=collate_readable)
+
+
+def _decoded(cfg: dict, sound: bool = True) -> DecodedVideos | None:
+    """Where a pre-training's decoded videos are kept; None where they are not."""
+    data = cfg["dataset"]
+    if not data["decode_once"]:
+        return None
+    return DecodedVideos(Path(cfg["cache_dir"]) / "decoded", data["audio_srate"] if sound else 0)
 
 
 def _workers(cfg: dict) -> int:

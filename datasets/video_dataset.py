@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from datasets import sampling
+from datasets.decoded import DecodedFile, DecodedVideos
 from datasets.decoding import DecodeError, VideoFile
 from datasets.preprocessing import (
     crop_and_resize,
@@ -152,13 +153,20 @@ class TrainingClips(Dataset):
     """Random clips for training, one for each (epoch, position). What a position holds depends on the seed alone.
 
     With `pairs` a sample is two clips of one video and no sound (VICReg-Video), else a clip and its sound. A video that
-    cannot be decoded is replaced by one about half an epoch further on, and named in the sample's `failures`.
+    cannot be decoded is replaced by one about half an epoch further on, and named in the sample's `failures`. With
+    `decoded` each video is decoded once.
     """
 
     def __init__(
-        self, videos: VideoList, recipe: ClipRecipe, clips_per_video: int, seed: int, pairs: bool = False
+        self,
+        videos: VideoList,
+        recipe: ClipRecipe,
+        clips_per_video: int,
+        seed: int,
+        pairs: bool = False,
+        decoded: DecodedVideos | None = None,
     ) -> None:
-        self.videos, self.recipe, self.pairs = videos, recipe, pairs
+        self.videos, self.recipe, self.pairs, self.decoded = videos, recipe, pairs, decoded
         self.clips_per_video, self.seed = clips_per_video, seed
         self._order = (None, None)
 
@@ -186,7 +194,7 @@ class TrainingClips(Dataset):
 
     def _load(self, video: int, rng: np.random.Generator) -> dict:
         sample = {"index": video, "label": int(self.videos.labels[video])}
-        with VideoFile(self.videos.path(video)) as file:
+        with open_video(self.videos, video, self.decoded) as file:
             if self.pairs:
                 span = file.span("video")
                 for name, start in zip(
@@ -203,7 +211,9 @@ class TrainingClips(Dataset):
                 sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng)
         return sample
 
-    def _frames(self, file: VideoFile, start: float, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
+    def _frames(
+        self, file: VideoFile | DecodedFile, start: float, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, np.ndarray]:
         if not self.recipe.augment:
             return read_frames(file, start, self.recipe), no_video_augmentation()
         frames = read_frames(file, start, self.recipe, rng)
@@ -220,11 +230,13 @@ class EvenClips(Dataset):
     """`windows` clips evenly over each video, each with its sound in the middle of which it lies: for measuring.
 
     A sample holds frames (windows, T, H, W, 3) and waveforms (windows, L); a video that cannot be decoded answers only
-    `index` and `failures`.
+    `index` and `failures`. With `decoded` each video is decoded once.
     """
 
-    def __init__(self, videos: VideoList, recipe: ClipRecipe, windows: int) -> None:
-        self.videos, self.recipe, self.windows = videos, recipe, windows
+    def __init__(
+        self, videos: VideoList, recipe: ClipRecipe, windows: int, decoded: DecodedVideos | None = None
+    ) -> None:
+        self.videos, self.recipe, self.windows, self.decoded = videos, recipe, windows, decoded
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -238,7 +250,7 @@ class EvenClips(Dataset):
     def _load(self, index: int) -> dict:
         recipe = self.recipe
         sample = {"index": index, "label": int(self.videos.labels[index])}
-        with VideoFile(self.videos.path(index)) as file:
+        with open_video(self.videos, index, self.decoded) as file:
             spans = file.span("video"), file.span("audio")
             starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
             sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
@@ -246,8 +258,13 @@ class EvenClips(Dataset):
         return sample
 
 
+def open_video(videos: VideoList, index: int, decoded: DecodedVideos | None) -> VideoFile | DecodedFile:
+    """A video as a context manager that clips are read of. Raises DecodeError where it cannot be opened."""
+    return VideoFile(videos.path(index)) if decoded is None else decoded.open(videos.root, videos.name(index))
+
+
 def read_frames(
-    file: VideoFile, start: float, recipe: ClipRecipe, rng: np.random.Generator | None = None
+    file: VideoFile | DecodedFile, start: float, recipe: ClipRecipe, rng: np.random.Generator | None = None
 ) -> torch.Tensor:
     """A clip's frames, cropped and resized: uint8 (T, crop_size, crop_size, 3).
 
@@ -283,7 +300,7 @@ def _mode(recipe: ClipRecipe) -> str:
     return "bilinear" if recipe.resize == "bilinear" else "bilinear-plain"
 
 
-def read_waveform(file: VideoFile, start: float, recipe: ClipRecipe) -> torch.Tensor:
+def read_waveform(file: VideoFile | DecodedFile, start: float, recipe: ClipRecipe) -> torch.Tensor:
     """A clip's sound: float32 (audio_seconds * sample_rate,), mono, in [-1, 1]."""
     clip = file.read(audio_start=start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate)
     return torch.from_numpy(clip.waveform)

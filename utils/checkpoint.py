@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go o
     "keep_last",
     "cache_dir",
     "dataset.root",
+    "dataset.decode_once",
     "dataset.test.",
     "model.name",
     "model.model_dir",

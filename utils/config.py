@@ -222,7 +222,7 @@ PRETRAINING = {
     "skip_nonfinite": _at_least_0(int, 0),  # steps with a loss or gradient that is not finite to leave out
     "keep_last": _at_least_0(int, 0),  # epoch checkpoints to keep beside the latest and the milestones
     "cache_dir": _text("cache"),
-    "dataset": {**DATASET, **AUDIO},
+    "dataset": {**DATASET, **AUDIO, "decode_once": _flag(False)},  # keep decoded videos below cache_dir
     "optimizer": OPTIMIZER,
     "model": {
         "name": _text(),
