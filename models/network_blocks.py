@@ -6,7 +6,7 @@ one after the other. In that memory a spatial convolution is a 2D convolution of
 ones without trouble in bf16). The weights keep the shapes and names of the 3D convolutions they stand for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -132,9 +132,11 @@ class SpatialMaxPool(nn.MaxPool3d):
         super().__init__((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        frames = frames_as_batch(x)
         if compiled_for_a_gpu(x):
-            return _by_frames(stem_kernels.max_pool, x)
-        pooled = F.max_pool2d(frames_as_batch(x), self.kernel_size[1:], self.stride[1:], self.padding[1:])
+            pooled = stem_kernels.max_pool(frames)
+        else:
+            pooled = F.max_pool2d(frames, self.kernel_size[1:], self.stride[1:], self.padding[1:])
         return batch_as_frames(pooled, x.shape[0])
 
 
@@ -148,19 +150,13 @@ class Stem(nn.Sequential):
         conv, bn, relu, pool = self
         x = conv(x)
         if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
-            return _by_frames(lambda frames: stem_kernels.bn_relu_pool(frames, bn), x)
+            return batch_as_frames(stem_kernels.bn_relu_pool(frames_as_batch(x), bn), x.shape[0])
         return pool(relu(bn(x)))
 
 
 def compiled_for_a_gpu(x: Tensor) -> bool:
     """Whether this is being compiled, for a tensor on a GPU."""
     return torch.compiler.is_compiling() and x.is_cuda
-
-
-def _by_frames(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function`, which maps frames `(M, H, W, C)`, on those of `(N, C, T, H, W)`."""
-    frames = function(frames_as_batch(x).permute(0, 2, 3, 1))
-    return batch_as_frames(frames.permute(0, 3, 1, 2), x.shape[0])
 
 
 def global_max(x: Tensor) -> Tensor:

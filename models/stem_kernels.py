@@ -18,15 +18,15 @@ CELLS = 32  # windows of one program
 
 
 def bn_relu_pool(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
-    """ReLU and the 3x3 max-pool of stride 2 after `bn`: frames (M, H, W, C) to (M, ceil(H/2), ceil(W/2), C).
+    """ReLU and the 3x3 max-pool of stride 2 after `bn`: frames (M, C, H, W) to (M, C, ceil(H/2), ceil(W/2)).
 
     In training BN normalises by the batch, and its running statistics take the batch in (Ioffe and Szegedy 2015,
-    algorithm 1).
+    algorithm 1). All frames here are in channels_last memory.
     """
     if bn.training:
         with torch.no_grad():
-            var, mean = torch.var_mean(x.float(), (0, 1, 2), correction=0)
-            count = x.numel() // x.shape[3]
+            var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+            count = x.numel() // x.shape[1]
             bn.num_batches_tracked.add_(1)
             bn.running_mean.lerp_(mean, bn.momentum)
             bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
@@ -36,7 +36,7 @@ def bn_relu_pool(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """The 3x3 max-pool of stride 2: frames (M, H, W, C) to (M, ceil(H/2), ceil(W/2), C)."""
+    """The 3x3 max-pool of stride 2: frames (M, C, H, W) to (M, C, ceil(H/2), ceil(W/2))."""
     return _MaxPool.apply(x)
 
 
@@ -51,23 +51,20 @@ class _NormalisedPool(torch.autograd.Function):
         rstd: Tensor,
         of_batch: bool,
     ) -> Tensor:
-        scale = rstd * weight
-        shift = bias - mean * scale
-        winners, places = pool_scaled(x, scale, shift)
-        ctx.save_for_backward(x, scale, shift, mean, rstd, winners, places)
+        y, winners, places = pool_normalised(x, mean, rstd, weight, bias)
+        ctx.save_for_backward(x, weight, mean, rstd, y, winners, places)
         ctx.of_batch = of_batch
-        y = (winners * scale + shift).relu()
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # as in utils/sync_bn.py
+        return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, mean, rstd, winners, places = ctx.saved_tensors
-        d_y = torch.where(winners * scale + shift > 0, d_y, 0)
-        d_bias = d_y.float().sum((0, 1, 2))
-        d_weight = (d_y * ((winners - mean) * rstd)).sum((0, 1, 2))
-        times, plus = torch.zeros_like(mean), torch.zeros_like(mean)
+        x, weight, mean, rstd, y, winners, places = ctx.saved_tensors
+        d_y = torch.where(y > 0, d_y, 0)
+        normalised = (winners - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1)
+        d_bias, d_weight = d_y.float().sum((0, 2, 3)), (d_y * normalised).sum((0, 2, 3))
+        scale, times, plus = rstd * weight, torch.zeros_like(mean), torch.zeros_like(mean)
         if ctx.of_batch:
-            count = x.numel() // x.shape[3]
+            count = x.numel() // x.shape[1]
             times = -scale * rstd * d_weight / count
             plus = -scale * d_bias / count - times * mean
         return unpool_scaled(d_y, places, x, scale, times, plus), d_weight, d_bias, None, None, None
@@ -76,10 +73,11 @@ class _NormalisedPool(torch.autograd.Function):
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ones = torch.ones(x.shape[3], device=x.device)
-        pooled, places = pool_scaled(x, ones, torch.zeros_like(ones))
+        ones = torch.ones(x.shape[1], device=x.device)
+        zeros = torch.zeros_like(ones)
+        _, winners, places = pool_normalised(x, zeros, ones, ones, zeros)
         ctx.save_for_backward(x, ones, places)
-        return pooled
+        return winners
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> Tensor:
@@ -88,83 +86,105 @@ class _MaxPool(torch.autograd.Function):
         return unpool_scaled(d_y, places, x, ones, zeros, zeros)
 
 
-@torch.library.custom_op("avssrl::pool_scaled", mutates_args=())
-def pool_scaled(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each 3x3 window (stride 2, padding 1) the element of `x` with the largest x * scale + shift, and its place.
+@torch.library.custom_op("avssrl::pool_normalised", mutates_args=())
+def pool_normalised(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each 3x3 window (stride 2, padding 1) the element with the largest (x - mean) * rstd * weight + bias.
+
+    One operator with all that it computes, so that torch.compile neither stores what lies between in float32 nor
+    computes it anew.
 
     Args:
-        x: frames (M, H, W, C).
-        scale, shift: float32 (C,).
+        x: frames (M, C, H, W).
+        mean, rstd, weight, bias: float32 (C,).
 
     Returns:
-        The elements (M, ceil(H/2), ceil(W/2), C) and, int8, their places in the windows: 3 * row + column.
+        ReLU of these largest values, (M, C, ceil(H/2), ceil(W/2)), the elements of `x` they are of and, int8, the
+        elements' places in the windows: 3 * row + column.
     """
-    x = x.contiguous()
-    winners, places = _pooled(x, scale, shift)
-    _pool[_grid(winners)](x, scale, shift, winners, places, winners.numel(), *x.shape[1:], *_blocks(x))
-    return winners, places
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, winners, places = _pooled(x, mean, rstd, weight, bias)
+    _pool[_grid(y)](x, mean, rstd, weight, bias, y, winners, places, y.numel(), *_sizes(x))
+    return y, winners, places
 
 
 @torch.library.custom_op("avssrl::unpool_scaled", mutates_args=())
 def unpool_scaled(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus: Tensor) -> Tensor:
-    """scale * (the gradients of the windows that an element of `x` won) + times * x + plus: (M, H, W, C).
+    """scale * (the gradients of the windows that an element of `x` won) + times * x + plus: (M, C, H, W).
 
     Args:
-        d_y: the windows' gradients (M, ceil(H/2), ceil(W/2), C).
-        places: of the elements that won, from `pool_scaled`.
-        x: frames (M, H, W, C).
+        d_y: the windows' gradients (M, C, ceil(H/2), ceil(W/2)).
+        places: of the elements that won, from `pool_normalised`.
+        x: frames (M, C, H, W).
         scale, times, plus: float32 (C,).
     """
-    x, d_y, d_x = x.contiguous(), d_y.contiguous(), torch.empty_like(x)
-    grid = _grid(d_y)
-    _unpool[grid](d_y, places, x, scale, times, plus, d_x, d_y.numel(), *x.shape[1:], *_blocks(x))
+    d_y, places, x = (t.contiguous(memory_format=torch.channels_last) for t in (d_y, places, x))
+    d_x = torch.empty_like(x)
+    _unpool[_grid(d_y)](d_y, places, x, scale, times, plus, d_x, d_y.numel(), *_sizes(x))
     return d_x
 
 
-@pool_scaled.register_fake
-def _pooled(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    frames, height, width, channels = x.shape
-    winners = x.new_empty(frames, -(-height // 2), -(-width // 2), channels)
-    return winners, torch.empty_like(winners, dtype=torch.int8)
+@pool_normalised.register_fake
+def _pooled(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    frames, channels, height, width = x.shape
+    shape = (frames, channels, -(-height // 2), -(-width // 2))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, torch.empty_like(y), torch.empty_like(y, dtype=torch.int8)
 
 
 @unpool_scaled.register_fake
 def _(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _blocks(x: Tensor) -> tuple[int, int]:
-    """Windows and channels of one program."""
-    return CELLS, min(64, triton.next_power_of_2(x.shape[3]))
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """What a kernel is told of frames (M, C, H, W): H, W, C, and windows and channels of one program."""
+    return *x.shape[2:], x.shape[1], CELLS, min(64, triton.next_power_of_2(x.shape[1]))
 
 
 def _grid(pooled: Tensor) -> tuple[int, int]:
     """Programs for all windows and channels."""
-    cells, channels = _blocks(pooled)
-    return triton.cdiv(pooled.numel() // pooled.shape[3], cells), triton.cdiv(pooled.shape[3], channels)
+    channels, cells, block = _sizes(pooled)[2:]
+    return triton.cdiv(pooled.numel() // channels, cells), triton.cdiv(channels, block)
 
 
 @triton.jit
 def _pool(
-    x, scale, shift, winners, places, elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    y,
+    winners,
+    places,
+    elements,
+    height,
+    width,
+    channels,
+    CELLS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     cell, channel, there, frame, row, column = _cells(elements, height, width, channels, CELLS, BLOCK)
-    scales = tl.load(scale + channel, mask=channel < channels)
-    shifts = tl.load(shift + channel, mask=channel < channels)
+    known = channel < channels
+    scale = tl.load(rstd + channel, known) * tl.load(weight + channel, known)
+    shift = tl.load(bias + channel, known) - tl.load(mean + channel, known) * scale
     best = tl.full((CELLS, BLOCK), float("-inf"), tl.float32)
     winner = tl.zeros((CELLS, BLOCK), tl.float32)
     won = tl.zeros((CELLS, BLOCK), tl.int8)
     for place in tl.static_range(9):
-        y, z = 2 * row + place // 3 - 1, 2 * column + place % 3 - 1
-        inside = there & ((y >= 0) & (y < height) & (z >= 0) & (z < width))[:, None]
-        at = ((frame * height + y) * width + z) * channels
+        top, left = 2 * row + place // 3 - 1, 2 * column + place % 3 - 1
+        inside = there & ((top >= 0) & (top < height) & (left >= 0) & (left < width))[:, None]
+        at = ((frame * height + top) * width + left) * channels
         element = tl.load(x + at[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32)
-        value = element * scales[None, :] + shifts[None, :]
+        value = element * scale[None, :] + shift[None, :]
         better = inside & ((value > best) | (value != value))  # what is no number wins: it must not be lost
         best = tl.where(better, value, best)
         winner = tl.where(better, element, winner)
         won = tl.where(better, place, won).to(tl.int8)
     at = cell[:, None] * channels + channel[None, :]
+    tl.store(y + at, tl.where(best < 0, 0, best).to(y.dtype.element_ty), mask=there)
     tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=there)
     tl.store(places + at, won, mask=there)
 

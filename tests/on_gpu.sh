@@ -13,7 +13,8 @@
 #     bank       the memory bank's
 # What times a step has the GPU to itself. A part that fails or runs out of time takes nothing from the others; a training
 # that runs out of time saves first. All that was printed is in OUT/log.txt, the end of each part here; tables, pictures
-# and learning curves are beside it, no more than eight files.
+# and learning curves are beside it, no more than eight files. What can be known of compilation without a GPU says
+# tests/for_a_gpu.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$1" && out=$(realpath "$1") && end=$((SECONDS + $2)) || exit 2
@@ -35,6 +36,7 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
     { echo "==== $name: status $status after $((SECONDS - start)) s: python3 $*"; cat "$logs/$name"; } >>"$out/log.txt"
     echo "==== $name: status $status after $((SECONDS - start)) s"
     tail -n 30 "$logs/$name" | cut -c1-200
+    return $status
 }
 
 smoke() {
@@ -48,12 +50,18 @@ step() {
 
 learn() {
     # To decode the clips once is what keeps up with a GPU; to save takes seconds: seldom.
-    local limit=$((end - SECONDS - 60)) how="--set dataset.decode_once=true --set test_freq=20 --set num_workers=8"
-    part vicreg $limit main-vicreg.py configs/grid/vicreg.yaml $how &
-    part xid $limit main-ssl.py configs/grid/xid.yaml $how &
+    local limit=$((end - SECONDS - 60))
+    train vicreg main-vicreg.py &
+    train xid main-ssl.py &
     wait
     part curves 30 -m utils.report curves configs/grid/vicreg.yaml configs/grid/xid.yaml --out "$out/curves.png"
     for run in vicreg xid; do cp "checkpoints/grid/$run/metrics.jsonl" "$out/$run-metrics.jsonl"; done
+}
+
+train() {  # NAME SCRIPT: a run on GRID; once more, not compiled, should it fail: minutes are few
+    local how="--set dataset.decode_once=true --set test_freq=20 --set num_workers=8"
+    part "$1" $limit "$2" "configs/grid/$1.yaml" $how
+    [ $? = 1 ] && part "$1" $limit "$2" "configs/grid/$1.yaml" $how --set compile=false
 }
 
 training() {

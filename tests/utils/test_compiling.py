@@ -113,7 +113,7 @@ def test_what_is_compiled_for_a_gpu_adds_no_gradients_in_random_order(compiler, 
     """A scatter means atomics on a GPU: a run would not be the same twice."""
     video = torch.randn(1, 3, 2, 12, 12, requires_grad=True)
     called = {str(node.target) for node in compiled_nodes(part(), video)}
-    assert {"avssrl.pool_scaled.default", "avssrl.unpool_scaled.default"} <= called
+    assert {"avssrl.pool_normalised.default", "avssrl.unpool_scaled.default"} <= called
     others = ("aten.scatter", "aten.index_put", "aten.max_pool2d", "aten._native_batch_norm", "aten.native_batch_norm")
     assert not [name for name in called if name.startswith(others)]
 

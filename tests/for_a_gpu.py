@@ -1,0 +1,202 @@
+"""What torch.compile makes of a training step for a GPU, compiled on a machine that has none.
+
+    python3 -m tests.for_a_gpu [--capability 90] [--out DIR] [CFG ...]
+
+Before a GPU is borrowed for minutes: the network of each configuration is traced here as for a GPU, its graphs are told
+to lie on one, inductor writes its kernels, and Triton compiles each down to machine code. What fails here fails there,
+after a minute of compilation. It does not show what is slow, or wrong; --out keeps the code that inductor wrote, in
+which copies can be seen, and what is stored in float32. Criterion, preprocessing and optimizer are left out.
+
+It leans on what PyTorch keeps to itself, and is run by hand.
+"""
+
+import argparse
+import collections
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+import torch._inductor.fx_passes.post_grad
+import torch._subclasses.fake_tensor as fake_tensor
+import torch.utils._triton
+import triton
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo import device_interface
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import decomposition
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import triton_helpers
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map
+from triton.backends.compiler import GPUTarget
+
+from datasets.preprocessing import num_spectrogram_frames
+from models import build_model, network_blocks
+from utils.config import load_config
+
+GPU = torch.device("cuda", 0)
+CONFIGS = ("configs/VGGSound-N1024.yaml", "configs/grid/vicreg.yaml")
+KERNEL = re.compile(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
+Properties = collections.namedtuple(
+    "Properties",
+    "name major minor multi_processor_count max_threads_per_multi_processor warp_size regs_per_multiprocessor "
+    "total_memory shared_memory_per_block shared_memory_per_block_optin shared_memory_per_multiprocessor "
+    "gcnArchName L2_cache_size max_threads_per_block",
+)
+
+
+class Captured(Exception):
+    """Raised in place of running a graph."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cfgs", metavar="CFG", nargs="*", default=CONFIGS, help="pre-training configurations")
+    parser.add_argument("--capability", type=int, default=90, help="of the GPU: 90 is an H100, 80 an A100")
+    parser.add_argument("--out", type=Path, help="a folder for inductor's code")
+    args = parser.parse_args()
+    graphs = {cfg: graphs_of(cfg) for cfg in args.cfgs}
+    pretend(args.capability)
+    failed = 0
+    for cfg, pair in graphs.items():
+        for direction, graph in zip(("forward", "backward"), pair, strict=True):
+            code = code_of(graph)
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / f"{Path(cfg).stem}-{direction}.py").write_text(code)
+            kernels = KERNEL.findall(code)
+            bad = [name for name, source in kernels if not compiles(name, source)]
+            print(f"{cfg}, {direction}: {len(kernels)} kernels, {len(bad)} of them do not compile", *bad, sep="\n    ")
+            failed += len(bad)
+    sys.exit(1 if failed else 0)
+
+
+def graphs_of(cfg_file: str) -> list[torch.fx.GraphModule]:
+    """A network's forward and backward graph, in bf16, as torch.compile takes them for a GPU."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return _stop
+
+    cfg = load_config(cfg_file)
+    network_blocks.compiled_for_a_gpu = lambda x: torch.compiler.is_compiling()
+    network_blocks.StemConv._channel_group = staticmethod(lambda x: 8)
+    torch._C._conv_determine_backend_memory_format = lambda *args: torch.channels_last  # as cuDNN's, of a CPU's, too
+    backend = aot_autograd(
+        fw_compiler=keep,
+        decompositions=decomposition.select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    net = torch.compile(build_model(cfg["model"]).train(), backend=backend, fullgraph=True, dynamic=False)
+    try:
+        with (
+            torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            net(*inputs_of(cfg))
+    except Captured:
+        torch.compiler.reset()
+    return graphs
+
+
+def _stop(*args):
+    raise Captured
+
+
+_stop._boxed_call = True
+
+
+def inputs_of(cfg: dict) -> list[torch.Tensor]:
+    """A batch of clips and of sound in the configuration's shapes, its numbers whatever lay in memory."""
+    data = cfg["dataset"]
+    batch, size = data["batch_size"], data["crop_size"]
+    frames = round(data["video_clip_duration"] * data["video_fps"])
+    clips = [torch.empty(batch, frames, size, size, 3).permute(0, 4, 1, 2, 3) for _ in range(2)]
+    if cfg["model"]["arch"] == "vicreg_v_wrapper":
+        return clips
+    spec, samples = data["spec_params"], round(data["audio_clip_duration"] * data["audio_srate"])
+    times = num_spectrogram_frames(samples, spec["n_fft"], spec["hop_length"])
+    return [clips[0], torch.empty(batch, 1, spec["n_mels"], times)]
+
+
+def pretend(capability: int) -> None:
+    """Let PyTorch and Triton believe in a GPU, as far as writing and compiling kernels goes."""
+    major, minor = divmod(capability, 10)
+    memory = (80 << 30, 49152, 232448, 233472) if capability >= 90 else (80 << 30, 49152, 166912, 167936)
+    properties = Properties(f"sm_{capability}", major, minor, 132, 2048, 32, 65536, *memory, "", 50 << 20, 1024)
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_active_torch_device(self):
+            return GPU
+
+    for interface in (device_interface.CudaInterface, device_interface.CudaInterface.Worker):
+        interface.get_device_properties = staticmethod(lambda device=None: properties)
+        interface.current_device = staticmethod(lambda: 0)
+    device_interface.CudaInterface.is_available = staticmethod(lambda: True)
+    device_interface.CudaInterface.get_compute_capability = staticmethod(lambda device=None: capability)
+    torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.get_device_capability = lambda device=None: (major, minor)
+    torch.cuda.current_device, torch.cuda.device_count = lambda: 0, lambda: 1
+    torch.cuda.is_available = lambda: True
+    fake_tensor.init_gpu_context = lambda device: None
+    triton.runtime.driver.set_active(Driver())
+    triton_helpers.set_driver_to_gpu = lambda *args: triton.runtime.driver.set_active(Driver())
+    for module in (torch.utils._triton, *sys.modules.values()):
+        if getattr(module, "__name__", "").startswith(("torch._inductor", "torch.utils._triton")):
+            if hasattr(module, "has_triton"):
+                module.has_triton = lambda *args: True
+
+
+def code_of(graph: torch.fx.GraphModule) -> str:
+    """What inductor writes for a graph that was captured on a CPU, as if it lay on the GPU."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def on_gpu(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return fake_tensor.FakeTensor(mode, meta, GPU)
+
+    for node in graph.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(on_gpu, node.meta["val"])
+        node.meta.pop("tensor_meta", None)
+        if node.kwargs.get("device") is not None:
+            node.kwargs = {**node.kwargs, "device": GPU}
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with V.set_fake_mode(mode), DebugContext():
+        torch._inductor.fx_passes.post_grad.post_grad_passes(graph, is_inference=False)
+        lowered = GraphLowering(graph, shape_env=mode.shape_env)
+        with V.set_graph_handler(lowered):
+            lowered.run(*inputs)
+            code, _ = lowered.codegen()
+    return code.value
+
+
+def compiles(name: str, source: str) -> bool:
+    """Whether Triton makes machine code of a kernel; why not is told by PyTorch's log."""
+    kernel = getattr(PyCodeCache.load(source), name)
+    try:
+        kernel.precompile(warm_cache_only=True)
+    except (RuntimeError, triton.CompilationError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()
