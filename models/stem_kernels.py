@@ -51,17 +51,17 @@ class _NormalisedPool(torch.autograd.Function):
         rstd: Tensor,
         of_batch: bool,
     ) -> Tensor:
-        y, winners, places = pool_normalised(x, mean, rstd, weight, bias)
-        ctx.save_for_backward(x, weight, mean, rstd, y, winners, places)
+        y, winners, places = pool_normalised(x, mean, rstd, weight, bias, relu=True)
+        ctx.save_for_backward(x, weight, mean, rstd, winners, places)
         ctx.of_batch = of_batch
         return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, y, winners, places = ctx.saved_tensors
-        d_y = torch.where(y > 0, d_y, 0)
+        x, weight, mean, rstd, winners, places = ctx.saved_tensors
+        passed = torch.where(places >= 0, d_y.float(), 0)
         normalised = (winners - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1)
-        d_bias, d_weight = d_y.float().sum((0, 2, 3)), (d_y * normalised).sum((0, 2, 3))
+        d_bias, d_weight = passed.sum((0, 2, 3)), (passed * normalised).sum((0, 2, 3))
         scale, times, plus = rstd * weight, torch.zeros_like(mean), torch.zeros_like(mean)
         if ctx.of_batch:
             count = x.numel() // x.shape[1]
@@ -75,9 +75,9 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         ones = torch.ones(x.shape[1], device=x.device)
         zeros = torch.zeros_like(ones)
-        _, winners, places = pool_normalised(x, zeros, ones, ones, zeros)
+        y, _, places = pool_normalised(x, zeros, ones, ones, zeros, relu=False)
         ctx.save_for_backward(x, ones, places)
-        return winners
+        return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class _MaxPool(torch.autograd.Function):
 
 @torch.library.custom_op("avssrl::pool_normalised", mutates_args=())
 def pool_normalised(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each 3x3 window (stride 2, padding 1) the element with the largest (x - mean) * rstd * weight + bias.
 
@@ -100,12 +100,12 @@ def pool_normalised(
         mean, rstd, weight, bias: float32 (C,).
 
     Returns:
-        ReLU of these largest values, (M, C, ceil(H/2), ceil(W/2)), the elements of `x` they are of and, int8, the
-        elements' places in the windows: 3 * row + column.
+        These largest values or, with `relu`, ReLU of them, (M, C, ceil(H/2), ceil(W/2)); the elements of `x` they are
+        of; int8, the elements' places in the windows, 3 * row + column, or -1 where ReLU lets nothing pass.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    y, winners, places = _pooled(x, mean, rstd, weight, bias)
-    _pool[_grid(y)](x, mean, rstd, weight, bias, y, winners, places, y.numel(), *_sizes(x))
+    y, winners, places = _pooled(x, mean, rstd, weight, bias, relu)
+    _pool[_grid(y)](x, mean, rstd, weight, bias, y, winners, places, y.numel(), *_sizes(x), relu)
     return y, winners, places
 
 
@@ -126,7 +126,9 @@ def unpool_scaled(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: 
 
 
 @pool_normalised.register_fake
-def _pooled(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pooled(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     frames, channels, height, width = x.shape
     shape = (frames, channels, -(-height // 2), -(-width // 2))
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -165,6 +167,7 @@ def _pool(
     channels,
     CELLS: tl.constexpr,
     BLOCK: tl.constexpr,
+    RELU: tl.constexpr,
 ):
     cell, channel, there, frame, row, column = _cells(elements, height, width, channels, CELLS, BLOCK)
     known = channel < channels
@@ -184,7 +187,10 @@ def _pool(
         winner = tl.where(better, element, winner)
         won = tl.where(better, place, won).to(tl.int8)
     at = cell[:, None] * channels + channel[None, :]
-    tl.store(y + at, tl.where(best < 0, 0, best).to(y.dtype.element_ty), mask=there)
+    if RELU:
+        won = tl.where(best > 0, won, -1).to(tl.int8)
+        best = tl.where(best < 0, 0, best)  # NaN stays
+    tl.store(y + at, best.to(y.dtype.element_ty), mask=there)
     tl.store(winners + at, winner.to(winners.dtype.element_ty), mask=there)
     tl.store(places + at, won, mask=there)
 
