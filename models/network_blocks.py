@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fused_norm
 from utils.errors import UserError
 
 try:
@@ -195,10 +196,17 @@ class R2Plus1dBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, C_in, T, H, W)` to `(N, C_out, ceil(T/s), ceil(H/s), ceil(W/s))`."""
         residual = x if self.res_conv is None else self.res_conv(x)
-        x = F.relu(self.spatial_bn1(self.spatial_conv1(x)), inplace=True)
-        x = F.relu(self.temporal_bn1(self.temporal_conv1(x)), inplace=True)
-        x = F.relu(self.spatial_bn2(self.spatial_conv2(x)), inplace=True)
-        return F.relu(self.out_bn(self.temporal_conv2(x) + residual), inplace=True)
+        x = bn_relu(self.spatial_conv1(x), self.spatial_bn1)
+        x = bn_relu(self.temporal_conv1(x), self.temporal_bn1)
+        x = bn_relu(self.spatial_conv2(x), self.spatial_bn2)
+        return bn_relu(self.temporal_conv2(x) + residual, self.out_bn)
+
+
+def bn_relu(x: Tensor, bn: nn.Module) -> Tensor:
+    """ReLU after `bn`. Compiled for a GPU, the two are one (`models/fused_norm.py`), but where BN is not ours alone."""
+    if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
+        return fused_norm.bn_relu(x, bn)
+    return F.relu(bn(x), inplace=True)
 
 
 class Conv2DBlock(nn.Module):

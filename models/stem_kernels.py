@@ -14,25 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from models.fused_norm import gradient_of_input, of_channels, statistics
+
 CELLS = 32  # windows of one program
 
 
 def bn_relu_pool(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
     """ReLU and the 3x3 max-pool of stride 2 after `bn`: frames (M, C, H, W) to (M, C, ceil(H/2), ceil(W/2)).
 
-    In training BN normalises by the batch, and its running statistics take the batch in (Ioffe and Szegedy 2015,
-    algorithm 1). All frames here are in channels_last memory.
+    All frames here are in channels_last memory.
     """
-    if bn.training:
-        with torch.no_grad():
-            var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-            count = x.numel() // x.shape[1]
-            bn.num_batches_tracked.add_(1)
-            bn.running_mean.lerp_(mean, bn.momentum)
-            bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
-    else:
-        mean, var = bn.running_mean, bn.running_var
-    return _NormalisedPool.apply(x, bn.weight, bn.bias, mean, torch.rsqrt(var + bn.eps), bn.training)
+    return _NormalisedPool.apply(x, bn.weight, bn.bias, *statistics(x, bn), bn.training)
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -59,15 +51,11 @@ class _NormalisedPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, winners, places = ctx.saved_tensors
-        passed = torch.where(places >= 0, d_y.float(), 0)
-        normalised = (winners - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1)
-        d_bias, d_weight = passed.sum((0, 2, 3)), (passed * normalised).sum((0, 2, 3))
-        scale, times, plus = rstd * weight, torch.zeros_like(mean), torch.zeros_like(mean)
-        if ctx.of_batch:
-            count = x.numel() // x.shape[1]
-            times = -scale * rstd * d_weight / count
-            plus = -scale * d_bias / count - times * mean
-        return unpool_scaled(d_y, places, x, scale, times, plus), d_weight, d_bias, None, None, None
+        passed = torch.where(places >= 0, d_y, 0)
+        d_bias = passed.float().sum((0, 2, 3))
+        d_weight = (passed * (winners - of_channels(mean, x))).sum((0, 2, 3)) * rstd
+        parts = gradient_of_input(x, mean, rstd, rstd * weight, d_weight, d_bias, ctx.of_batch)
+        return unpool_scaled(d_y, places, x, *parts), d_weight, d_bias, None, None, None
 
 
 class _MaxPool(torch.autograd.Function):

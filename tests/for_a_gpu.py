@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 import torch._inductor.fx_passes.post_grad
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.utils._triton
@@ -39,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 
 from datasets.preprocessing import num_spectrogram_frames
 from models import build_model, network_blocks
+from utils.compiling import OPTIONS
 from utils.config import load_config
 
 GPU = torch.device("cuda", 0)
@@ -178,7 +180,7 @@ def code_of(graph: torch.fx.GraphModule) -> str:
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": GPU}
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with V.set_fake_mode(mode), DebugContext():
+    with V.set_fake_mode(mode), DebugContext(), torch._inductor.config.patch(OPTIONS):
         torch._inductor.fx_passes.post_grad.post_grad_passes(graph, is_inference=False)
         lowered = GraphLowering(graph, shape_env=mode.shape_env)
         with V.set_graph_handler(lowered):

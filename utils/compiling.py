@@ -8,6 +8,10 @@ import torch.distributed as dist
 
 log = logging.getLogger("avssrl")
 
+# Of inductor: what is made of up to six numbers is computed where it is read, not stored. Up to four, as it comes, the
+# gradients that pass ReLU would be stored for BN's sums and its gradient to read (models/fused_norm.py).
+OPTIONS = {"realize_reads_threshold": 6}
+
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
     """Whether a run is to be compiled: as asked (None: on a GPU), if this machine can.

@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.compiling import compiles
+from utils.compiling import OPTIONS, compiles
 from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker, message_of
 from utils.memory import default_device
 from utils.processes import cores
@@ -163,7 +163,7 @@ def wrap(
             graph is cut along DDP's buckets, which rules it out.
     """
     if compiled := compiles(compiled, device):
-        model.compile()
+        model.compile(options=OPTIONS)
     if world_size() == 1:
         return model
     net = DistributedDataParallel(

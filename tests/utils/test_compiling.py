@@ -118,6 +118,22 @@ def test_what_is_compiled_for_a_gpu_adds_no_gradients_in_random_order(compiler, 
     assert not [name for name in called if name.startswith(others)]
 
 
+def test_no_masks_are_kept_for_the_backward_pass(as_for_a_gpu):
+    """Of what ReLU let pass: BN's input, which is kept, says it too."""
+    kept = []
+
+    def listen(graph, inputs):
+        (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        kept.append([node.meta["val"] for node in outputs if node is not None])
+        return make_boxed_func(graph.forward)
+
+    video = torch.randn(2, 3, 4, 48, 48)
+    torch.compile(R2Plus1d(10), backend=backend_of(listen))(video).sum().backward()
+    torch.compiler.reset()
+    masks, all_kept = (sum(x.numel() for x in kept[0] if x.dtype in kinds) for kinds in ([torch.bool], [torch.float32]))
+    assert len(kept) == 2 and masks < 0.01 * all_kept
+
+
 class UnroundedInterpreter(torch.fx.Interpreter):
     """Computes a graph as inductor does on a GPU: inside a kernel bf16 is float32, and what is computed anew, too."""
 

@@ -1,0 +1,85 @@
+"""BN and ReLU as one, for torch.compile on a GPU: the backward pass sees from BN's input what ReLU let pass.
+
+PyTorch's own two, compiled, store for that a byte an element forward, and read it twice backward beside that input. All
+arithmetic is in float32.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def bn_relu(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
+    """ReLU after `bn`, of `x` (N, C, ...)."""
+    return _NormalisedReLU.apply(x, bn.weight, bn.bias, *statistics(x, bn), bn.training)
+
+
+def statistics(x: Tensor, bn: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation (C,) that `bn` normalises `x` (N, C, ...) by.
+
+    In training those of the batch, which its running statistics take in (Ioffe and Szegedy 2015, algorithm 1).
+    """
+    if not bn.training:
+        return bn.running_mean, torch.rsqrt(bn.running_var + bn.eps)
+    with torch.no_grad():
+        var, mean = torch.var_mean(x.float(), all_but_channels(x), correction=0)
+        count = x.numel() // x.shape[1]
+        bn.num_batches_tracked.add_(1)
+        bn.running_mean.lerp_(mean, bn.momentum)
+        bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+        return mean, torch.rsqrt(var + bn.eps)
+
+
+def gradient_of_input(
+    x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, d_weight: Tensor, d_bias: Tensor, of_batch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BN's gradient for its input is a * (that for its output) + b * x + c: a, b and c (C,).
+
+    Args:
+        scale: rstd * weight.
+        d_weight, d_bias: the gradients for BN's parameters.
+        of_batch: whether mean and rstd are those of `x`, and change with it.
+    """
+    if not of_batch:
+        return scale, torch.zeros_like(scale), torch.zeros_like(scale)
+    count = x.numel() // x.shape[1]
+    times = -scale * rstd * d_weight / count
+    return scale, times, -scale * d_bias / count - times * mean
+
+
+def all_but_channels(x: Tensor) -> list[int]:
+    """The dimensions of (N, C, ...) but C."""
+    return [0, *range(2, x.dim())]
+
+
+def of_channels(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (C,), to be spread over `x` (N, C, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+class _NormalisedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        of_batch: bool,
+    ) -> Tensor:
+        scale = rstd * weight
+        shift = bias - mean * scale
+        ctx.save_for_backward(x, mean, rstd, scale, shift)
+        ctx.of_batch = of_batch
+        y = (x * of_channels(scale, x) + of_channels(shift, x)).relu()
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # as in utils/sync_bn.py
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, scale, shift = ctx.saved_tensors
+        passed = torch.where(x * of_channels(scale, x) + of_channels(shift, x) > 0, d_y, 0)
+        d_bias = passed.float().sum(all_but_channels(x))
+        d_weight = (passed * (x - of_channels(mean, x))).sum(all_but_channels(x)) * rstd
+        a, b, c = gradient_of_input(x, mean, rstd, scale, d_weight, d_bias, ctx.of_batch)
+        d_x = passed * of_channels(a, x) + x * of_channels(b, x) + of_channels(c, x)
+        return d_x if d_x.dtype == x.dtype else d_x.to(x.dtype), d_weight, d_bias, None, None, None
