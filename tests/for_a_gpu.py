@@ -4,14 +4,16 @@
 
 Before a GPU is borrowed for minutes: the network of each configuration is traced here as for a GPU, its graphs are told
 to lie on one, inductor writes its kernels, and Triton compiles each down to machine code. What fails here fails there,
-after a minute of compilation. It does not show what is slow, or wrong; --out keeps the code that inductor wrote, in
-which copies can be seen, and what is stored in float32. Criterion, preprocessing and optimizer are left out.
+after a minute of compilation. Told beside it is about how much the kernels read and write, cuDNN's and our own not
+among them; --out keeps the code that inductor wrote, in which copies can be seen, and what is stored in float32.
+Criterion, preprocessing and optimizer are left out.
 
 It leans on what PyTorch keeps to itself, and is run by hand.
 """
 
 import argparse
 import collections
+import math
 import os
 import re
 import sys
@@ -45,6 +47,7 @@ from utils.config import load_config
 
 GPU = torch.device("cuda", 0)
 CONFIGS = ("configs/VGGSound-N1024.yaml", "configs/grid/vicreg.yaml")
+BYTES = {"float32": 4, "bfloat16": 2, "bool": 1, "int8": 1, "int64": 8, "int32": 4}
 KERNEL = re.compile(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 Properties = collections.namedtuple(
     "Properties",
@@ -75,7 +78,8 @@ def main() -> None:
                 (args.out / f"{Path(cfg).stem}-{direction}.py").write_text(code)
             kernels = KERNEL.findall(code)
             bad = [name for name, source in kernels if not compiles(name, source)]
-            print(f"{cfg}, {direction}: {len(kernels)} kernels, {len(bad)} of them do not compile", *bad, sep="\n    ")
+            told = f"{len(kernels)} kernels, {bytes_moved(code) / 1e9:.1f} GB; {len(bad)} of them do not compile"
+            print(f"{cfg}, {direction}: {told}", *bad, sep="\n    ")
             failed += len(bad)
     sys.exit(1 if failed else 0)
 
@@ -187,6 +191,34 @@ def code_of(graph: torch.fx.GraphModule) -> str:
             lowered.run(*inputs)
             code, _ = lowered.codegen()
     return code.value
+
+
+def bytes_moved(code: str) -> int:
+    """What the kernels that inductor wrote read and write: each tensor that a call is given, once, or twice in place.
+
+    About: tensors whose type is not in the code are taken for bf16, for float32 if they are handed in from outside.
+    """
+    parameters = {
+        kernel: re.findall(r"\w+", line)
+        for kernel, line in re.findall(r"^def (triton_\w+)\((.*?)(?:, XBLOCK|\):)", code, re.MULTILINE)
+    }
+    sizes, total = {}, 0
+    for line in code.splitlines():
+        if found := re.match(r" +(\w+) = empty_strided_cuda\(\(([\d, ]*)\), .*, torch\.(\w+)\)", line):
+            sizes[found[1]] = _elements(found[2]) * BYTES[found[3]]
+        elif found := re.match(r" +(\w+) = (?:reinterpret_tensor\()?(\w+)(?:;|, \()", line):
+            sizes[found[1]] = sizes.get(found[2], 0)
+        elif found := re.match(r" +assert_size_stride\((\w+), \(([\d, ]*)\)", line):
+            outside = found[1].startswith(("primals", "tangents"))
+            sizes.setdefault(found[1], _elements(found[2]) * (4 if outside else 2))
+        elif found := re.match(r" +(triton_\w+)\.run\((.*), stream=", line):
+            for parameter, tensor in zip(parameters[found[1]], found[2].split(", "), strict=False):
+                total += sizes.get(tensor, 0) * (2 if parameter.startswith("in_out") else 1)
+    return total
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split(",") if size.strip())
 
 
 def compiles(name: str, source: str) -> bool:
