@@ -7,7 +7,7 @@
 #     smoke      the quick GPU tests, SyncBN among them
 #     step       the training step's table
 #     learn      VICReg and xID on the clips in data/grid-s1, 40 epochs side by side; a second call goes on with them
-#     training   loader and step together, on the same clips
+#     training   loader and step together, on the same clips, decoded once and as they come
 #     inference  the evaluation's table
 #     tests      all GPU tests
 #     bank       the memory bank's
@@ -49,7 +49,6 @@ step() {
 }
 
 learn() {
-    # To decode the clips once is what keeps up with a GPU; to save takes seconds: seldom.
     local limit=$((end - SECONDS - 60))
     train vicreg main-vicreg.py &
     train xid main-ssl.py &
@@ -59,13 +58,14 @@ learn() {
 }
 
 train() {  # NAME SCRIPT: a run on GRID; once more, not compiled, should it fail: minutes are few
-    local how="--set dataset.decode_once=true --set test_freq=20 --set num_workers=8"
+    local how="--set test_freq=20 --set num_workers=8"  # to save takes seconds: seldom
     part "$1" $limit "$2" "configs/grid/$1.yaml" $how
     [ $? = 1 ] && part "$1" $limit "$2" "configs/grid/$1.yaml" $how --set compile=false
 }
 
 training() {
     part training 90 -m utils.benchmark training configs/grid/vicreg.yaml --png "$out/training.png"
+    part raw 90 -m utils.benchmark training configs/grid/vicreg.yaml --set dataset.decode_once=false
 }
 
 inference() {
