@@ -78,7 +78,7 @@ def main() -> None:
                 (args.out / f"{Path(cfg).stem}-{direction}.py").write_text(code)
             kernels = KERNEL.findall(code)
             bad = [name for name, source in kernels if not compiles(name, source)]
-            told = f"{len(kernels)} kernels, {bytes_moved(code) / 1e9:.1f} GB; {len(bad)} of them do not compile"
+            told = f"{len(kernels)} kernels, {bytes_moved(code, graph) / 1e9:.1f} GB; {len(bad)} of them do not compile"
             print(f"{cfg}, {direction}: {told}", *bad, sep="\n    ")
             failed += len(bad)
     sys.exit(1 if failed else 0)
@@ -193,24 +193,24 @@ def code_of(graph: torch.fx.GraphModule) -> str:
     return code.value
 
 
-def bytes_moved(code: str) -> int:
+def bytes_moved(code: str, graph: torch.fx.GraphModule) -> int:
     """What the kernels that inductor wrote read and write: each tensor that a call is given, once, or twice in place.
 
-    About: tensors whose type is not in the code are taken for bf16, for float32 if they are handed in from outside.
+    About: what comes from others' kernels is taken for bf16 where the code does not say its type.
     """
     parameters = {
         kernel: re.findall(r"\w+", line)
         for kernel, line in re.findall(r"^def (triton_\w+)\((.*?)(?:, XBLOCK|\):)", code, re.MULTILINE)
     }
-    sizes, total = {}, 0
+    inputs = {node.name: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
+    sizes, total = {name: value.numel() * value.element_size() for name, value in inputs.items()}, 0
     for line in code.splitlines():
         if found := re.match(r" +(\w+) = empty_strided_cuda\(\(([\d, ]*)\), .*, torch\.(\w+)\)", line):
             sizes[found[1]] = _elements(found[2]) * BYTES[found[3]]
         elif found := re.match(r" +(\w+) = (?:reinterpret_tensor\()?(\w+)(?:;|, \()", line):
             sizes[found[1]] = sizes.get(found[2], 0)
-        elif found := re.match(r" +assert_size_stride\((\w+), \(([\d, ]*)\)", line):
-            outside = found[1].startswith(("primals", "tangents"))
-            sizes.setdefault(found[1], _elements(found[2]) * (4 if outside else 2))
+        elif found := re.match(r" +assert_\w+\((buf\d+), \(([\d, ]*)\), \([\d, ]*\)(?:, torch\.(\w+))?", line):
+            sizes.setdefault(found[1], _elements(found[2]) * BYTES[found[3] or "bfloat16"])
         elif found := re.match(r" +(triton_\w+)\.run\((.*), stream=", line):
             for parameter, tensor in zip(parameters[found[1]], found[2].split(", "), strict=False):
                 total += sizes.get(tensor, 0) * (2 if parameter.startswith("in_out") else 1)
