@@ -118,7 +118,10 @@ def _map(kept: Path, stamp: dict) -> tuple[dict, mmap.mmap, int] | None:
     line = mapping.readline()
     if not (line.startswith(MAGIC) and line.endswith(b"\n")):
         return None
-    header = json.loads(line[len(MAGIC) :])
+    try:
+        header = json.loads(line[len(MAGIC) :])
+    except ValueError:
+        return None
     whole = len(mapping) == len(line) + header["bytes"]
     return (header, mapping, len(line)) if whole and stamp.items() <= header.items() else None
 

@@ -141,7 +141,14 @@ def test_a_replaced_video_is_decoded_anew(tmp_path, make_video, opened, change):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-1], lambda data: data[:20], lambda data: b"", lambda data: b"?\n"]
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:20],
+        lambda data: b"",
+        lambda data: b"?\n",
+        lambda data: data.replace(b'"size"', b'"si"e"'),
+    ],
 )
 def test_a_kept_file_that_is_not_whole_is_made_anew(tmp_path, make_video, damage):
     videos, store = VideoList(tmp_path, ["clip.mp4"]), tmp_path / "kept"

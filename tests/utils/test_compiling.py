@@ -22,6 +22,7 @@ from utils import compiling
 from utils.compiling import compiles
 
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's kernels take no CPU's tensors where there is a GPU
 aten = torch.ops.aten
 
 
@@ -87,20 +88,21 @@ def compiled_nodes(function, x):
 def as_for_a_gpu(monkeypatch):
     """What is compiled for a GPU, compiled here."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(network_blocks, "compiled_for_a_gpu", lambda x: torch.compiler.is_compiling())
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_stem_compiled_for_a_gpu_is_the_stem(as_for_a_gpu, training):
     torch.manual_seed(0)
-    stem = R2Plus1d(10).conv1.train(training)
-    video = torch.randn(2, 3, 4, 22, 18).contiguous(memory_format=torch.channels_last_3d)
+    stem = R2Plus1d(10).conv1.train(training).to(DEVICE)
+    video = torch.randn(2, 3, 4, 22, 18).contiguous(memory_format=torch.channels_last_3d).to(DEVICE)
     results, start = [], copy.deepcopy(stem.state_dict())
     for forward in (stem, torch.compile(stem, backend="aot_eager", fullgraph=True)):
         stem.load_state_dict(start)
         pooled = forward(video)
         gradients = torch.autograd.grad(
-            (pooled * torch.linspace(-1, 1, pooled.numel()).view_as(pooled)).sum(), stem.parameters()
+            (pooled * torch.linspace(-1, 1, pooled.numel(), device=DEVICE).view_as(pooled)).sum(), stem.parameters()
         )
         results.append((pooled, gradients, dict(stem.state_dict())))
         assert pooled.is_contiguous(memory_format=torch.channels_last_3d)
@@ -111,11 +113,11 @@ def test_the_stem_compiled_for_a_gpu_is_the_stem(as_for_a_gpu, training):
 @pytest.mark.parametrize("part", [SpatialMaxPool, lambda: R2Plus1d(10).conv1])
 def test_what_is_compiled_for_a_gpu_adds_no_gradients_in_random_order(compiler, as_for_a_gpu, part):
     """A scatter means atomics on a GPU: a run would not be the same twice."""
-    video = torch.randn(1, 3, 2, 12, 12, requires_grad=True)
-    called = {str(node.target) for node in compiled_nodes(part(), video)}
+    video = torch.randn(1, 3, 2, 12, 12, device=DEVICE, requires_grad=True)
+    called = {str(node.target) for node in compiled_nodes(part().to(DEVICE), video)}
     assert {"avssrl.pool_normalised.default", "avssrl.unpool_scaled.default"} <= called
-    others = ("aten.scatter", "aten.index_put", "aten.max_pool2d", "aten._native_batch_norm", "aten.native_batch_norm")
-    assert not [name for name in called if name.startswith(others)]
+    others = ("scatter", "index_put", "max_pool2d", "batch_norm")
+    assert not [name for name in called - {"aten.slice_scatter.default"} if any(other in name for other in others)]
 
 
 def test_no_masks_are_kept_for_the_backward_pass(as_for_a_gpu):
@@ -164,14 +166,14 @@ def _cast(values, dtype):
 def test_gradients_do_not_hang_on_what_a_gpu_rounds(compiler, as_for_a_gpu, kind, shape):
     """Where a number is compared with one that was rounded, neither is the maximum, say, and a gradient is 0/0."""
     torch.manual_seed(0)
-    network, inputs = kind(10), torch.randn(shape)
+    network, inputs = kind(10).to(DEVICE), torch.randn(shape).to(DEVICE)
     backend = backend_of(lambda graph, inputs: make_boxed_func(UnroundedInterpreter(graph).run))
     gradients = []
     for forward, autocast in ((network, False), (torch.compile(network, backend=backend), True)):
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             pooled = forward(inputs).flatten(1)
-        (pooled.float() * torch.linspace(-1, 1, 512)).sum().backward()
+        (pooled.float() * torch.linspace(-1, 1, 512, device=DEVICE)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     torch.compiler.reset()
     assert F.cosine_similarity(*gradients, dim=0) > 0.7  # bf16 moves some maxima
