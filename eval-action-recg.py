@@ -47,6 +47,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.results import Outcome, finish_evaluation, finish_folds
 from utils.sync_bn import count_rank, share_bn
+from utils.trial import try_compiled
 
 
 def main() -> None:
@@ -138,6 +139,11 @@ def fine_tune(
         loader = build_video_clips(cfg, test, device, random=random, even=even)
         return clip_outputs(logits, loader, len(test), data["batch_size"], failures)
 
+    def without_dropout(batch: dict) -> Tensor:
+        """Logits of a training batch."""
+        keep = torch.ones(len(batch["frames"]), model.feat_dim, device=device)
+        return net(prepare(batch["frames"], batch["video_aug"]), keep)
+
     torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
     start_epoch = 0
     if state is not None:
@@ -163,6 +169,8 @@ def fine_tune(
             optimizer.load_state_dict(state["optimizer"])
         model.train()
         model.video_model.train(not warming)
+        if epoch in (start_epoch, warmup) and compiles(cfg["compile"], device):
+            stream = try_compiled(stream, without_dropout, net, prepare, precision)
         averages, clock = Averages(), StepClock()
         for step, batch in enumerate(clock.timed(islice(stream, batches.steps))):
             for share in gather_objects(batch["failures"]):
@@ -173,13 +181,15 @@ def fine_tune(
             count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
             keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # the whole batch's, on every rank
             keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
-            if has_clips:
-                own = batch["position"] - step * batches.batch_size
-                with precision.autocast():
-                    logits = net(prepare(batch["frames"], batch["video_aug"]), keep[own])
-                loss = F.cross_entropy(logits, labels[batch["index"]], reduction="sum")
-            else:
-                loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
+            whole = size == batches.size(0)  # a smaller rest is not compiled anew
+            with torch.compiler.set_stance("default" if whole else "force_eager"):
+                if has_clips:
+                    own = batch["position"] - step * batches.batch_size
+                    with precision.autocast():
+                        logits = net(prepare(batch["frames"], batch["video_aug"]), keep[own])
+                    loss = F.cross_entropy(logits, labels[batch["index"]], reduction="sum")
+                else:
+                    loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
             loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
             precision.backward(loss)
             precision.gradient_norm(optimizer)

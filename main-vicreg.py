@@ -42,6 +42,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.stopping import NonFiniteGuard, StopSignal
 from utils.sync_bn import check_shares, synchronise_bn
+from utils.trial import try_compiled
 
 
 def main() -> None:
@@ -130,9 +131,11 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
     if start_step == 0:
         monitor.record(writer, start_epoch, start_epoch * batches.steps)
-    averages, clock = Averages(), StepClock(compiles(cfg["compile"], device))
+    averages, clock = Averages(), StepClock()
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
+    if compiles(cfg["compile"], device):
+        stream = try_compiled(stream, lambda batch: net(*prepare(batch)), net.train(), prepare.video, precision)
     for epoch in range(start_epoch, num_epochs):
         model.train()
         losses, indices = [], []

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     size = (round(data["video_clip_duration"] * data["video_fps"]), data["crop_size"], data["crop_size"])
     frames = torch.randint(256, (data["batch_size"], *size, 3), dtype=torch.uint8, device=device)
     forms, left_out = inference_forms(cfg, device)
-    rows = first_calls(forms, lambda form: Forward(depth, form, frames, device), device)
-    measure_and_report(args, cfg, device, rows, left_out, f"forward pass of R(2+1)D-{depth}")
+    rows, failed = first_calls(forms, lambda form: Forward(depth, form, frames, device), device)
+    measure_and_report(args, cfg, device, rows, left_out + failed, f"forward pass of R(2+1)D-{depth}")
 
 
 def inference_forms(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:

@@ -35,6 +35,7 @@ from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import RunFailed, UserError
 from utils.memory import default_device
+from utils.trial import attempt
 
 COLUMNS = (
     "variant",
@@ -92,8 +93,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")
     batch = synthetic_batch(cfg, device)
     forms, left_out = forms_of(cfg, device)
-    rows = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
-    measure_and_report(args, cfg, device, rows, left_out, "training step")
+    rows, failed = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
+    measure_and_report(args, cfg, device, rows, left_out + failed, "training step")
 
 
 @dataclass
@@ -128,22 +129,30 @@ class Row:
 
 def first_calls(
     forms: Iterable[Form], build: Callable[[Form], Callable[[], Tensor]], device: torch.device
-) -> list[Row]:
-    """A row for each form, which `build` makes a call of; its first call's time is told at once: compiling takes long.
+) -> tuple[list[Row], list[str]]:
+    """A row for each form, which `build` makes a call of, and in words those that could not be compiled.
+
+    A first call's time is told at once: compiling takes long.
 
     Raises:
         RunFailed: a form computes what is not finite.
     """
-    rows = []
+    rows, failed = [], []
     for form in forms:
         before, call = allocated(device), build(form)
         row = Row(form, call)
-        row.first_s = seconds_of(call, device)
+        if form.compiled:
+            row.first_s, reason = attempt(lambda call=call: seconds_of(call, device))
+            if reason is not None:
+                failed.append(f"{form.name}: left out, it failed: {reason}")
+                continue
+        else:
+            row.first_s = seconds_of(call, device)
         check_finite(form.name, call)
         row.static = allocated(device) - before
         rows.append(row)
         print(f"{form.name}: first call {row.first_s:.1f} s", file=sys.stderr)
-    return rows
+    return rows, failed
 
 
 def check_finite(name: str, run: Callable[[], Tensor]) -> None:

@@ -7,6 +7,7 @@ little.) Nothing is saved.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from utils.errors import UserError
 from utils.figures import save_figure
 from utils.memory import default_device
 from utils.prefetch import prefetch
+from utils.trial import attempt, uncompile
 
 WARM_UP = 3  # steps before each measurement: compilation, cuDNN's choices, full queues
 SHOWN = 12  # steps in the picture
@@ -68,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
     def train() -> Times:
         return one_step(step, on_device)
 
+    _, reason = attempt(step)
+    if reason is not None:
+        print(f"compile: failed, going on without: {reason}", file=sys.stderr)
+        uncompile(step.net, step.prepare)
     for _ in range(WARM_UP):
         step()
     check_finite(args.cfg, step)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from utils.logger import log
 from utils.sync_bn import count_rank, share_bn
+from utils.trial import attempt
 
 
 class FrozenEncoder:
@@ -20,7 +22,7 @@ class FrozenEncoder:
         device: where it runs.
         drifts: let `training_features` use, and let drift, the BN statistics of its batches, as in the thesis.
         compiled_size: batches of so many clips pass compiled, others not: a compiled network is for one shape. None:
-            nothing is compiled.
+            nothing is compiled, which it becomes, with a warning, where that fails.
     """
 
     def __init__(
@@ -48,9 +50,15 @@ class FrozenEncoder:
     def __call__(self, frames: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Frames uint8 (N, T, H, W, 3) and their augmentation (N, 5) to float32 features (N, D) by name."""
         on_device = [None if x is None else x.to(self.device, non_blocking=True) for x in (frames, augmentation)]
-        prepare, extractor = self.prepare, self.extractor
-        if len(frames) != self.compiled_size:
-            prepare, extractor = prepare.forward, extractor.forward
+        if len(frames) == self.compiled_size:
+            features, reason = attempt(lambda: self._features(self.extractor, self.prepare, on_device))
+            if reason is None:
+                return features
+            log.warning("compile: failed, going on without: %s", reason)
+            self.compiled_size = None
+        return self._features(self.extractor.forward, self.prepare.forward, on_device)
+
+    def _features(self, extractor: Callable, prepare: Callable, on_device: list) -> dict[str, Tensor]:
         with self.autocast():
             features = extractor(prepare(*on_device))
         return {name: value.float() for name, value in features.items()}

@@ -188,13 +188,9 @@ def read_metrics(folder: str | Path, group: str) -> list[dict]:
 
 
 class StepClock:
-    """Where the time of a training loop goes: clips a second and the share of time spent waiting for data.
+    """Where the time of a training loop goes: clips a second and the share of time spent waiting for data."""
 
-    Where `compiled`, the first step is told by itself, and not counted: most of its time goes into compiling.
-    """
-
-    def __init__(self, compiled: bool = False) -> None:
-        self._warm = not compiled
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
@@ -213,10 +209,6 @@ class StepClock:
                 return
             self._waited += time.perf_counter() - asked
             yield batch
-            if not self._warm:
-                self._warm = True
-                log.info("the first step took %s, compiling included", duration(time.perf_counter() - asked))
-                self.restart()
 
     def count(self, clips: int) -> None:
         """Count clips that were trained on, over all processes."""

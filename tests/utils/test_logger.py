@@ -13,7 +13,7 @@ from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
 from utils.figures import save_figure
 from utils.files import write_whole
-from utils.logger import MetricsWriter, StepClock, TrainingLog, log, read_metrics
+from utils.logger import MetricsWriter, TrainingLog, log, read_metrics
 from utils.metrics import Averages
 from utils.stopping import NonFiniteGuard
 
@@ -74,20 +74,6 @@ def test_averages_forget_what_is_taken_back():
     averages.take_back(2)
     assert averages.read() == {"loss": 1.5, "terms": 3.0}
     assert averages.read() == {}
-
-
-def test_the_first_step_of_a_compiled_run_is_told_by_itself(caplog, monkeypatch):
-    log.propagate = True
-    now = [0.0]
-    monkeypatch.setattr("utils.logger.time.perf_counter", lambda: now[0])
-    with caplog.at_level("INFO", "avssrl"):
-        clock = StepClock(compiled=True)
-        for seconds in clock.timed([80.0, 1.0, 1.0]):
-            now[0] += seconds
-            clock.count(4)
-    told = {record.getMessage() for record in caplog.records}  # pytest may record a logger twice
-    assert told == {"the first step took 80 s, compiling included"}
-    assert clock.read()["clips_per_s"] == 8 / 2  # of the other two steps
 
 
 @pytest.mark.parametrize(

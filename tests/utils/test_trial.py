@@ -1,0 +1,187 @@
+"""What torch.compile fails at is told, and the run goes on without, with nothing changed."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from datasets.preprocessing import VideoPrep
+from utils.benchmark_forms import Form
+from utils.benchmark_step import first_calls
+from utils.distributed import wrap
+from utils.frozen import FrozenEncoder
+from utils.precision import Precision
+from utils.trial import try_compiled
+
+CPU = torch.device("cpu")
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forward):
+        return refuse(x) if forward else x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return refuse(d_x), None
+
+
+@torch.library.custom_op("avssrl_tests::refuse", mutates_args=())
+def refuse(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("expected stride 1,\nfound 2")
+
+
+@refuse.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Network(nn.Module):
+    """A layer and BN; compiled, it fails where `fails` says."""
+
+    def __init__(self, fails=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.bn, self.fails = nn.Linear(6, 4), nn.BatchNorm1d(4), fails
+
+    def forward(self, x):
+        x = self.linear(x)
+        if self.fails and torch.compiler.is_compiling():
+            x = Failing.apply(x, self.fails == "forward")
+        return self.bn(x)
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return [{"frames": torch.randn(8, 6, generator=generator)} for _ in range(count)]
+
+
+def tried(net, prepare=None, data=None):
+    """All batches after the trial."""
+    prepare = prepare or nn.Identity()
+    data = iter(batches() if data is None else data)
+    stream = try_compiled(data, lambda batch: net(prepare(batch["frames"])), net, prepare, Precision("fp32", CPU))
+    return list(stream)
+
+
+@pytest.fixture(autouse=True)
+def told(caplog):
+    with caplog.at_level("INFO", "avssrl"):
+        yield caplog
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_what_cannot_be_compiled_runs_without(told, fails):
+    model, plain = Network(fails), Network()
+    model.compile(backend="aot_eager")
+    with pytest.raises((RuntimeError, AssertionError), match="expected stride 1"):
+        copied = copy.deepcopy(model)
+        copied.compile(backend="aot_eager")
+        copied(batches()[0]["frames"]).sum().backward()
+    seen = tried(model)
+    assert "compile: failed, going on without: AssertionError: expected stride 1, found 2" in told.text
+    for batch, expected in zip(seen, batches(), strict=True):
+        assert torch.equal(batch["frames"], expected["frames"])
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model(seen[0]["frames"]), plain(seen[0]["frames"]))
+
+
+def test_a_preprocessing_that_cannot_be_compiled_is_found_as_well(told):
+    model, prepare = Network(), nn.Sequential(Network("forward"), nn.Linear(4, 6))
+    model.compile(backend="aot_eager"), prepare[0].compile(backend="aot_eager")
+    assert len(tried(model, prepare)) == 3
+    assert "compile: failed, going on without" in told.text
+    assert prepare(batches()[0]["frames"]).shape == (8, 6)
+
+
+def test_what_can_be_compiled_is_and_stays_so(told):
+    model, plain, graphs = Network(), Network(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.compile(backend=backend)
+    seen = tried(model)
+    assert len(seen) == 3 and "compiled, and one batch tried, in 0 s" in told.text
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    for batch in seen:
+        torch.testing.assert_close(model(batch["frames"]), plain(batch["frames"]))
+    torch.testing.assert_close(model.bn.running_mean, plain.bn.running_mean)
+    assert len(graphs) == 1
+
+
+def test_no_batch_and_one_without_clips_are_not_tried(told):
+    model = Network("forward")
+    model.compile(backend="aot_eager")
+    assert tried(model, data=[]) == [] and tried(model, data=[{"failures": []}]) == [{"failures": []}]
+    assert told.text == ""
+
+
+def test_too_little_memory_is_not_the_compilers_doing():
+    class Hungry(Network):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tried(Hungry())
+
+
+def _rank(own_rank, file):
+    """Rank 1's alone fails; then two steps, as in a script."""
+    dist.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=2)
+    model = Network("backward" if own_rank else None)
+    model.compile(backend="aot_eager")
+    net = wrap(model, False, CPU)
+    assert len(tried(net)) == 3 and model._compiled_call_impl is None
+    alone = Network()
+    for batch in batches(2):
+        net(batch["frames"]).square().sum().backward()
+        alone(batch["frames"]).square().sum().backward()
+    for found, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+    dist.destroy_process_group()
+
+
+def test_one_rank_that_fails_keeps_all_from_compiling(run_ranks, tmp_path):
+    run_ranks(_rank, 2, str(tmp_path / "store"))
+
+
+def test_features_are_computed_without_what_cannot_be_compiled(told):
+    class Extractor(Network):
+        def forward(self, clips):
+            return {"pool": super().forward(clips.mean((3, 4)).flatten(1))}
+
+    frames = torch.randint(256, (4, 2, 8, 8, 3), dtype=torch.uint8)
+    found, expected = (
+        FrozenEncoder(Extractor(fails), VideoPrep(), contextlib.nullcontext, CPU, compiled_size=size)(frames)
+        for fails, size in (("forward", 4), (None, None))
+    )
+    assert torch.equal(found["pool"], expected["pool"])
+    assert "compile: failed, going on without" in told.text
+
+
+def test_the_benchmark_leaves_out_what_cannot_be_compiled():
+    def build(form):
+        def call():
+            if form.compiled:
+                raise RuntimeError("no such kernel")
+            return torch.ones(())
+
+        return call
+
+    rows, failed = first_calls([Form("plain", "fp32"), Form("+ torch.compile", "fp32", compiled=True)], build, CPU)
+    assert [row.form.name for row in rows] == ["plain"]
+    assert failed == ["+ torch.compile: left out, it failed: RuntimeError: no such kernel"]
+    with pytest.raises(RuntimeError, match="a mistake"):  # of what is not compiled nothing is hidden
+
+        def mistaken():
+            raise RuntimeError("a mistake")
+
+        first_calls([Form("plain", "fp32")], lambda form: mistaken, CPU)
