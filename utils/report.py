@@ -4,14 +4,14 @@
     python3 -m utils.report curves CFG [CFG ...] [--out curves.png]
     python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
     python3 -m utils.report concepts DIR [DIR ...] [--out concepts.png]
-    python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--png FILE] [--map FILE]
+    python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--controls] [--png PNG] [--map PNG]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
 and the nearest-neighbour accuracy of frozen video features. `curves` draws loss and held-out retrieval over the epochs,
 of runs that still go on too. A folder in place of a command: all evaluations below it in one table. `concepts` draws
 accuracy over the few-shot ratio, on unseen and on seen concepts. `retrieval` is the cross-modal retrieval of any known
-checkpoint on the held-out videos of a configuration, with a picture of queries and answers, and a map of the embeddings
-in two dimensions.
+checkpoint on the held-out videos of a configuration, with what is left of it without motion or the order of sound, a
+picture of queries and answers, and a map of the embeddings in two dimensions.
 """
 
 import argparse
@@ -41,7 +41,15 @@ from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
 from utils.results import collect, summary, tell_apart
-from utils.retrieval import NEIGHBOURS, cross_modal_retrieval, draw_answers, draw_map, embed, held_out_figures
+from utils.retrieval import (
+    NEIGHBOURS,
+    controls,
+    cross_modal_retrieval,
+    draw_answers,
+    draw_map,
+    embed,
+    held_out_figures,
+)
 
 COLUMNS = ("v2a_R@1", "v2a_R@5", "v2a_R@10", "a2v_R@1", "a2v_R@5", "a2v_R@10", f"kNN@{NEIGHBOURS}")
 
@@ -66,6 +74,7 @@ def main() -> None:
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
     cross.add_argument("--checkpoint", help="default: the configuration's own run")
     cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
+    cross.add_argument("--controls", action="store_true", help="also on still frames, and on sound out of order")
     cross.add_argument("--png", help="a picture of videos and the sounds found for them")
     cross.add_argument("--map", help="a picture of the embeddings by PCA and t-SNE")
     arguments = sys.argv[1:]
@@ -115,9 +124,11 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
         videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
         recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
         stats, source = audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
-    held_out = build_held_out(cfg, device, most=None)
-    embeddings = embed(model, held_out, BatchPrep(cfg["dataset"], stats, device))
+    held_out, prepare = build_held_out(cfg, device, most=None), BatchPrep(cfg["dataset"], stats, device)
+    embeddings = embed(model, held_out, prepare)
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
+    for name, without in controls(prepare).items() if args.controls else ():
+        print(f"without {name}: {percentages(cross_modal_retrieval(embed(model, held_out, without)))}")
     if args.map is not None and len(embeddings["index"]) < 3:
         raise UserError(f"--map: {len(embeddings['index'])} videos could be read, and a map is of at least 3")
     if args.png is not None:

@@ -92,6 +92,27 @@ def held_out_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
     return figures
 
 
+def controls(prepare: Callable[[dict], tuple[Tensor, Tensor]]) -> dict[str, Callable[[dict], tuple[Tensor, Tensor]]]:
+    """`prepare`, as `embed` takes it, with something taken away, by what that is: what is found without needs it not.
+
+    `motion`: the middle frame of a clip takes the place of all. `order of sound`: the times of a spectrogram are in
+    random order, another one for each.
+    """
+
+    def still(batch: dict) -> tuple[Tensor, Tensor]:
+        video, audio = prepare(batch)
+        middle = video[:, :, video.shape[2] // 2, None]
+        return middle.expand_as(video).contiguous(memory_format=torch.channels_last_3d), audio
+
+    def unordered(batch: dict) -> tuple[Tensor, Tensor]:
+        video, audio = prepare(batch)
+        order = torch.rand(len(audio), audio.shape[3], generator=generator).argsort(1).to(audio.device)
+        return video, audio.gather(3, order[:, None, None].expand_as(audio))
+
+    generator = torch.Generator().manual_seed(0)
+    return {"motion": still, "order of sound": unordered}
+
+
 # ------------------------------------------------------------------------------------------------------- pictures
 
 

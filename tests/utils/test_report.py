@@ -132,6 +132,13 @@ def test_a_map_of_too_few_videos(trained, monkeypatch, tmp_path):
         show(monkeypatch, "retrieval", trained[1], "--map", tmp_path / "map.png")
 
 
+def test_retrieval_without_motion_and_without_the_order_of_sound(trained, monkeypatch, capsys):
+    show(monkeypatch, "retrieval", trained[1], "--controls")
+    whole, motion, order = capsys.readouterr().out.splitlines()[-3:]
+    assert whole.startswith("v2a_R@1 ") and motion.startswith("without motion: v2a_R@1 ")
+    assert order.startswith("without order of sound: v2a_R@1 ")
+
+
 def test_retrieval_with_other_mel_bins(trained, monkeypatch, tmp_path):
     cfg = tmp_path / "bins.yaml"
     cfg.write_text(trained[1].read_text().replace("n_mels: 32", "n_mels: 40"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.metrics import leave_one_out_accuracy, nearest_neighbour_accuracy, retrieval
-from utils.retrieval import draw_answers, draw_map, held_out_figures
+from utils.retrieval import controls, draw_answers, draw_map, held_out_figures
 
 
 @pytest.fixture
@@ -73,6 +73,20 @@ def test_what_pre_training_watches(embeddings):
     figures = held_out_figures(shuffled)
     assert figures["v2a_R@1"] < 20.0
     assert "kNN@5" not in figures  # nothing has a label
+
+
+def test_controls_take_away_motion_and_the_order_of_sound():
+    batch = {"video": torch.randn(2, 3, 5, 4, 4), "audio": torch.randn(2, 1, 6, 50)}
+    without = {name: prepare(batch) for name, prepare in controls(lambda x: (x["video"], x["audio"])).items()}
+    video, audio = without["motion"]
+    assert (video == batch["video"][:, :, 2:3]).all() and torch.equal(audio, batch["audio"])
+    assert video.is_contiguous(memory_format=torch.channels_last_3d)
+    video, audio = without["order of sound"]
+    assert torch.equal(video, batch["video"]) and not torch.equal(audio, batch["audio"])
+    orders = [[batch["audio"][i, 0, 0].tolist().index(x) for x in audio[i, 0, 0].tolist()] for i in (0, 1)]
+    assert orders[0] != orders[1]
+    for i, order in enumerate(orders):  # whole columns, each once
+        assert sorted(order) == list(range(50)) and torch.equal(audio[i], batch["audio"][i][..., order])
 
 
 def test_a_picture_of_queries_and_answers(embeddings):
