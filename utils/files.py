@@ -31,6 +31,8 @@ def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "str
             with temporary.open("wb") as out:
                 for part in parts:
                     out.write(part.encode("utf-8", errors) if isinstance(part, str) else part)
+                out.flush()
+                os.fsync(out.fileno())  # else a loss of power may leave the new name without its content
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """utils.logger and utils.bad_videos: what a run's files keep."""
 
 import math
+import os
 import re
 import resource
 from unittest.mock import Mock
@@ -112,6 +113,15 @@ def test_a_diagnosis_that_cannot_be_written_hides_no_failure(tmp_path):
     guard.admits({"epoch": 0, "step": 2}, [nan], nan, {"sim": nan}, [index])
     with pytest.raises(RunFailed, match="not finite in epoch 1, step 3: .*the diagnosis is lost: .*could not be writ"):
         guard.check()
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A loss of power must not leave the new name and none of the content: what was there goes to disk first."""
+    file, flushed = tmp_path / "table.csv", []
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append((os.fstat(fd).st_size, file.read_text())))
+    write_whole(file, "new", b" and whole")
+    assert flushed == [(13, "old")] and file.read_text() == "new and whole"
 
 
 def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
