@@ -142,7 +142,8 @@ def fine_tune(
     def without_dropout(batch: dict) -> Tensor:
         """Logits of a training batch."""
         keep = torch.ones(len(batch["frames"]), model.feat_dim, device=device)
-        return net(prepare(batch["frames"], batch["video_aug"]), keep)
+        with precision.autocast():
+            return net(prepare(batch["frames"], batch["video_aug"]), keep)
 
     torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
     start_epoch = 0
@@ -170,7 +171,7 @@ def fine_tune(
         model.train()
         model.video_model.train(not warming)
         if epoch in (start_epoch, warmup) and compiles(cfg["compile"], device):
-            stream = try_compiled(stream, without_dropout, net, prepare, precision)
+            stream = try_compiled(stream, without_dropout, net, prepare)
         averages, clock = Averages(), StepClock()
         for step, batch in enumerate(clock.timed(islice(stream, batches.steps))):
             for share in gather_objects(batch["failures"]):

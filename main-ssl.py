@@ -116,6 +116,12 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 
+    def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings of a batch, (N, D) each."""
+        video, audio = prepare(batch)
+        with precision.autocast():
+            return net(video, audio)
+
     stage("Training")
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
@@ -125,7 +131,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
     if compiles(cfg["compile"], device):
-        stream = try_compiled(stream, lambda batch: net(*prepare(batch)), net.train(), prepare.video, precision)
+        stream = try_compiled(stream, embed, net.train(), prepare.video)
     for epoch in range(start_epoch, num_epochs):
         model.train()
         losses, indices = [], []
@@ -136,9 +142,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             bad.record(batch)
             last_part = part == accumulate - 1
             with nullcontext() if last_part or world_size() == 1 else net.no_sync():
-                video, audio = prepare(batch)
-                with precision.autocast():
-                    video_emb, audio_emb = net(video, audio)
+                video_emb, audio_emb = embed(batch)
                 loss = criterion(video_emb, audio_emb, batch["index"], epoch)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})

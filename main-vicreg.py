@@ -126,6 +126,12 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 
+    def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings of a batch, (N, D) each."""
+        first, second = prepare(batch)
+        with precision.autocast():
+            return net(first, second)
+
     stage("Training")
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
@@ -135,7 +141,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
     if compiles(cfg["compile"], device):
-        stream = try_compiled(stream, lambda batch: net(*prepare(batch)), net.train(), prepare.video, precision)
+        stream = try_compiled(stream, embed, net.train(), prepare.video)
     for epoch in range(start_epoch, num_epochs):
         model.train()
         losses, indices = [], []
@@ -146,9 +152,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             bad.record(batch)
             last_part = part == accumulate - 1
             with nullcontext() if last_part or world_size() == 1 else net.no_sync():
-                first, second = prepare(batch)
-                with precision.autocast():
-                    first_emb, second_emb = net(first, second)
+                first_emb, second_emb = embed(batch)
                 loss = criterion(first_emb, second_emb, epoch + step / batches.steps)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})

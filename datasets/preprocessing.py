@@ -252,7 +252,9 @@ class BatchPrep(nn.Module):
             name: value.to(self.device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)
         }
         get = on_device.get
-        clips = self.video(on_device["frames"], get("video_aug"))
+        training = "video_aug" in on_device
+        video = self.video if training else self.video.forward  # compiled for a training batch's shape, if at all
+        clips = video(on_device["frames"], get("video_aug"))
         if self.audio is None:
-            return clips, self.video(on_device["frames_2"], get("video_aug_2"))
+            return clips, video(on_device["frames_2"], get("video_aug_2"))
         return clips, self.audio(on_device["waveform"], get("gain"), get("mel_mask"), get("time_mask"))

@@ -72,8 +72,10 @@ def test_a_run_in_each_precision(tmp_path, videos, script, precision):
     # Of 32 px one place would be left, and PyTorch 2.11 takes cuDNN's gradient there to be laid out in another way.
     changes = {"precision": precision, "compile": False if precision else None, "dataset__crop_size": 64}
     changes["monitor_every"] = 2
-    output = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=ENV).stdout
-    assert "held out, after 2 epochs" in output
+    logs = {**ENV, "TORCH_LOGS": "recompiles"}
+    done = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=logs)
+    assert "held out, after 2 epochs" in done.stdout
+    assert ("compiled, and one batch tried" in done.stdout) == (precision is None) and "Recompiling" not in done.stderr
     losses = train_losses(tmp_path / "runs/tiny")
     assert len(losses) == 8 and all(map(math.isfinite, losses))
     state = checkpoint.load(tmp_path / "runs/tiny" / checkpoint.LATEST)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from utils.distributed import any_rank, world_size
 from utils.logger import duration, log
-from utils.precision import Precision
 
 try:
     from triton.errors import TritonError
@@ -42,7 +41,6 @@ def try_compiled(
     forward: Callable[[dict], Tensor | tuple[Tensor, ...]],
     net: nn.Module,
     prepare: nn.Module,
-    precision: Precision,
 ) -> Iterator[dict]:
     """Compile `net` and `prepare`, which are marked for it, by the first of `batches`, forward and backward.
 
@@ -51,7 +49,8 @@ def try_compiled(
     Every rank must call it.
 
     Args:
-        forward: a batch to what `net` makes of it, which must have a gradient.
+        forward: a batch to what `net` makes of it, which must have a gradient; the very function that the training loop
+            calls, or what is compiled here is compiled anew there.
         net: as `wrap` returns it.
 
     Returns:
@@ -64,7 +63,7 @@ def try_compiled(
         return itertools.chain([batch], batches)
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
     start = time.perf_counter()
-    _, reason = attempt(lambda: _pass(batch, forward, net, precision))
+    _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
         log.warning("compile: failed, going on without: %s", reason or "so it was on another rank")
         uncompile(net, prepare)
@@ -76,11 +75,10 @@ def try_compiled(
     return itertools.chain([batch], batches)
 
 
-def _pass(batch: dict, forward: Callable, net: nn.Module, precision: Precision) -> None:
+def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
     """Forward and backward; DDP leaves the gradients alone."""
     with nullcontext() if world_size() == 1 else net.no_sync():
-        with precision.autocast():
-            outputs = forward(batch)
+        outputs = forward(batch)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import decomposition
 from torch.utils._pytree import tree_map
 
-from datasets.preprocessing import VideoPrep
+from datasets.preprocessing import BatchPrep, VideoPrep
 from models import build_model, network_blocks
 from models.audio import Conv2DNet
 from models.network_blocks import R2Plus1dBlock, SpatialConv, SpatialMaxPool, StemConv, TemporalConv, global_max
@@ -185,6 +185,22 @@ def test_compiled_preprocessing_is_eager(compiler):
     expected = prepare(frames, change)
     found = torch.compile(prepare, fullgraph=True, dynamic=False)(frames, change)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_measuring_between_epochs_compiles_nothing():
+    graphs, frames = [], torch.randint(256, (2, 3, 12, 12, 3), dtype=torch.uint8)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    prepare, change = BatchPrep({"color": [0.4, 0.4, 0.0, 0.0]}, None, CPU), torch.zeros(2, 5)
+    prepare.video.compile(backend=backend, dynamic=False)
+    prepare({"frames": frames, "frames_2": frames})
+    assert graphs == []
+    prepare({"frames": frames, "frames_2": frames, "video_aug": change, "video_aug_2": change})
+    assert len(graphs) == 1
+    torch.compiler.reset()
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):

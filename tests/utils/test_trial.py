@@ -13,7 +13,6 @@ from utils.benchmark_forms import Form
 from utils.benchmark_step import first_calls
 from utils.distributed import wrap
 from utils.frozen import FrozenEncoder
-from utils.precision import Precision
 from utils.trial import try_compiled
 
 CPU = torch.device("cpu")
@@ -63,7 +62,7 @@ def tried(net, prepare=None, data=None):
     """All batches after the trial."""
     prepare = prepare or nn.Identity()
     data = iter(batches() if data is None else data)
-    stream = try_compiled(data, lambda batch: net(prepare(batch["frames"])), net, prepare, Precision("fp32", CPU))
+    stream = try_compiled(data, lambda batch: net(prepare(batch["frames"])), net, prepare)
     return list(stream)
 
 
