@@ -139,11 +139,13 @@ def fine_tune(
         loader = build_video_clips(cfg, test, device, random=random, even=even)
         return clip_outputs(logits, loader, len(test), data["batch_size"], failures)
 
-    def without_dropout(batch: dict) -> Tensor:
-        """Logits of a training batch."""
-        keep = torch.ones(len(batch["frames"]), model.feat_dim, device=device)
+    def classify(batch: dict, keep: Tensor) -> Tensor:
+        """Logits of a training batch under a dropout, as `ClassificationWrapper.draw_dropout` draws it."""
         with precision.autocast():
             return net(prepare(batch["frames"], batch["video_aug"]), keep)
+
+    def without_dropout(batch: dict) -> Tensor:
+        return classify(batch, torch.ones(len(batch["frames"]), model.feat_dim, device=device))
 
     torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
     start_epoch = 0
@@ -186,9 +188,7 @@ def fine_tune(
             with torch.compiler.set_stance("default" if whole else "force_eager"):
                 if has_clips:
                     own = batch["position"] - step * batches.batch_size
-                    with precision.autocast():
-                        logits = net(prepare(batch["frames"], batch["video_aug"]), keep[own])
-                    loss = F.cross_entropy(logits, labels[batch["index"]], reduction="sum")
+                    loss = F.cross_entropy(classify(batch, keep[own]), labels[batch["index"]], reduction="sum")
                 else:
                     loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
             loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch

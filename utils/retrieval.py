@@ -93,11 +93,12 @@ def held_out_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
 
 
 def controls(prepare: Callable[[dict], tuple[Tensor, Tensor]]) -> dict[str, Callable[[dict], tuple[Tensor, Tensor]]]:
-    """`prepare`, as `embed` takes it, with something taken away, by what that is: what is found without needs it not.
+    """`prepare`, as `embed` takes it, less what the key says: what is still found does not rest on that.
 
     `motion`: the middle frame of a clip takes the place of all. `order of sound`: the times of a spectrogram are in
     random order, another one for each.
     """
+    generator = torch.Generator().manual_seed(0)
 
     def still(batch: dict) -> tuple[Tensor, Tensor]:
         video, audio = prepare(batch)
@@ -109,7 +110,6 @@ def controls(prepare: Callable[[dict], tuple[Tensor, Tensor]]) -> dict[str, Call
         order = torch.rand(len(audio), audio.shape[3], generator=generator).argsort(1).to(audio.device)
         return video, audio.gather(3, order[:, None, None].expand_as(audio))
 
-    generator = torch.Generator().manual_seed(0)
     return {"motion": still, "order of sound": unordered}
 
 

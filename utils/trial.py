@@ -49,8 +49,8 @@ def try_compiled(
     Every rank must call it.
 
     Args:
-        forward: a batch to what `net` makes of it, which must have a gradient; the very function that the training loop
-            calls, or what is compiled here is compiled anew there.
+        forward: a batch to what `net` makes of it, which must have a gradient. The function that a training loop calls,
+            under the same autocast, or what is compiled here is compiled anew there.
         net: as `wrap` returns it.
 
     Returns:

@@ -107,7 +107,7 @@ def test_what_can_be_compiled_is_and_stays_so(told):
 
     model.compile(backend=backend)
     seen = tried(model)
-    assert len(seen) == 3 and "compiled, and one batch tried, in 0 s" in told.text
+    assert len(seen) == 3 and "compiled, and one batch tried, in " in told.text
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     for batch in seen:
