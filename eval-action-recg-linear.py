@@ -6,6 +6,7 @@
 
 Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. Every process computes features of
 its share of the clips; the first one trains the classifiers on all of them, so their number changes nothing.
+Asked to stop (SIGTERM, SIGUSR1), it ends at the next batch, and with --resume goes on from the last epoch it saved.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summ
 from utils.optim import learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
+from utils.stopping import StopSignal
 
 
 def main() -> None:
@@ -52,13 +54,20 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """One process of the evaluation: every fold, and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data) for fold, data in folds.items()]
+    stop = StopSignal(evaluation.AGAIN)
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
         finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
 
 
 def evaluate_fold(
-    device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, data: FoldData
+    device: torch.device,
+    args: argparse.Namespace,
+    cfg: dict,
+    model_cfg: dict,
+    fold: int,
+    data: FoldData,
+    stop: StopSignal,
 ) -> dict:
     """Train the classifiers of one fold and test them. Rank 0 returns the results."""
     folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
@@ -93,9 +102,9 @@ def evaluate_fold(
     views, tests = None, None
     if cfg["feature_views"]:
         augment = cfg["dataset"]["train"]["use_augmentation"]
-        views = clip_features(cfg, data.train, encoder, failures, augment, random=cfg["feature_views"])
+        views = clip_features(cfg, data.train, encoder, failures, stop, augment, random=cfg["feature_views"])
     if not drifts:
-        tests = clip_features(cfg, data.test, encoder, failures, random=random, even=even)
+        tests = clip_features(cfg, data.test, encoder, failures, stop, random=random, even=even)
 
     writer, outcome = MetricsWriter(folder, None if states else 0), {}
     for part in data.parts:
@@ -114,7 +123,7 @@ def evaluate_fold(
             if views:
                 batches = stored_batches(cfg, part, views, epoch)
             else:
-                batches = fresh_batches(encoder, part, fresh, failures, epoch)
+                batches = fresh_batches(encoder, part, fresh, failures, stop, epoch)
             clock, history = StepClock(), []
             for step, (features, labels, progress) in enumerate(batches):
                 features, labels = {k: x.to(device) for k, x in features.items()}, labels.to(device)
@@ -124,8 +133,8 @@ def evaluate_fold(
                     place = f"epoch {epoch + 1}/{num_epochs} step {step + 1}/{len(fresh)}"
                     log.info("%s, %.1f clips/s", place, clock.read()["clips_per_s"])
 
-            probe.epoch = epoch + 1
-            if probe.epoch % cfg["test_freq"] and probe.epoch != num_epochs:
+            probe.epoch, stopping = epoch + 1, stop.on_any_rank()
+            if probe.epoch % cfg["test_freq"] and probe.epoch != num_epochs and not stopping:
                 continue
             if is_main():
                 figures = mean_losses(history)
@@ -134,8 +143,10 @@ def evaluate_fold(
                 log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
                 writer.write(part.name, probe.epoch, figures)
             stored.save(part.name, **probe.state_dict(), drift=encoder.drift())
+            if stopping:
+                stop.leave(f"{part.name}, epoch {probe.epoch}")
 
-        clips = tests or clip_features(cfg, data.test, encoder, failures, random=random, even=even)
+        clips = tests or clip_features(cfg, data.test, encoder, failures, stop, random=random, even=even)
         if is_main():
             features, present = rows_of(clips, part.test)
             outcome[part.name] = Outcome(part.classes, part.test_labels[present], probe.logits(features), random)
@@ -177,6 +188,7 @@ def clip_features(
     videos: VideoList,
     encoder: FrozenEncoder,
     failures: evaluation.Failures,
+    stop: StopSignal,
     augment: bool = False,
     random: int = 0,
     even: int = 0,
@@ -192,12 +204,12 @@ def clip_features(
         "clips": [cfg["seed"], random, even],
     }
 
-    def loader() -> DataLoader:
-        return build_video_clips(cfg, videos, encoder.device, augment, random, even)
+    def batches() -> Iterator[dict]:
+        return stop.watch(build_video_clips(cfg, videos, encoder.device, augment, random, even))
 
     if encoder.drifts:
-        return clip_outputs(encoder, loader(), len(videos), chunk, failures)
-    return stored_clip_outputs(cfg["cache_dir"], meaning, encoder, loader, len(videos), chunk, failures)
+        return clip_outputs(encoder, batches(), len(videos), chunk, failures)
+    return stored_clip_outputs(cfg["cache_dir"], meaning, encoder, batches, len(videos), chunk, failures)
 
 
 def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Iterator[tuple[dict, Tensor, float]]:
@@ -221,11 +233,16 @@ def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Ite
 
 
 def fresh_batches(
-    encoder: FrozenEncoder, part: Part, loader: DataLoader, failures: evaluation.Failures, epoch: int
+    encoder: FrozenEncoder,
+    part: Part,
+    loader: DataLoader,
+    failures: evaluation.Failures,
+    stop: StopSignal,
+    epoch: int,
 ) -> Iterator[tuple[dict, Tensor, float]]:
     """As `stored_batches`, of features that all ranks make now."""
     loader.batch_sampler.start_at(epoch)
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(stop.watch(loader)):
         features = encoder.training_features(batch, loader.dataset.recipe.clip_shape)
         own = {"failures": batch["failures"], "index": batch.get("index", []), "features": features}
         shares = gather_objects(own)

@@ -6,6 +6,7 @@
 
 Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. BN takes its statistics over the
 batches of all processes, and every sample's randomness hangs on its place in the epoch: their number changes nothing.
+Asked to stop (SIGTERM, SIGUSR1), it saves at the next step, and with --resume goes on from there.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.results import Outcome, finish_evaluation, finish_folds
+from utils.stopping import StopSignal
 from utils.sync_bn import count_rank, share_bn
 from utils.trial import try_compiled
 
@@ -60,13 +62,20 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """One process of the evaluation: every fold, and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data) for fold, data in folds.items()]
+    stop = StopSignal(evaluation.AGAIN)
+    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
         finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
 
 
 def evaluate_fold(
-    device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, data: FoldData
+    device: torch.device,
+    args: argparse.Namespace,
+    cfg: dict,
+    model_cfg: dict,
+    fold: int,
+    data: FoldData,
+    stop: StopSignal,
 ) -> dict:
     """Fine-tune on one fold and test. Rank 0 returns the results."""
     folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
@@ -94,10 +103,9 @@ def evaluate_fold(
         options = {key: value for key, value in cfg["model"]["args"].items() if key != "n_classes"}
         torch.manual_seed(cfg["seed"])
         model = ClassificationWrapper(copy.deepcopy(backbone), len(part.classes), **options)
-        videos = data.train.subset(part.train), data.test.subset(part.test)
-        tested = fine_tune(
-            device, cfg, share_bn(model.to(device)), part, *videos, stored, states.get(part.name), failures, writer
-        )
+        model, state = share_bn(model.to(device)), states.get(part.name)
+        train, test = data.train.subset(part.train), data.test.subset(part.test)
+        tested = fine_tune(device, cfg, model, part, train, test, stored, state, failures, writer, stop)
         if tested is not None:
             outcome[part.name] = tested
     writer.close()
@@ -120,8 +128,13 @@ def fine_tune(
     state: dict | None,
     failures: evaluation.Failures,
     writer: MetricsWriter,
+    stop: StopSignal,
 ) -> Outcome | None:
-    """Train on the videos of one part, from the stored `state` on, and test. Rank 0 returns the outcome."""
+    """Train on the videos of one part, from the stored `state` on, and test. Rank 0 returns the outcome.
+
+    Raises:
+        Preempted: it was asked to stop.
+    """
     precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
     data, schedule = cfg["dataset"], cfg["optimizer"]
     warmup = schedule["warmup_epochs"] if schedule["warmup_classifier"] else 0
@@ -137,7 +150,7 @@ def fine_tune(
 
         model.eval()
         loader = build_video_clips(cfg, test, device, random=random, even=even)
-        return clip_outputs(logits, loader, len(test), data["batch_size"], failures)
+        return clip_outputs(logits, stop.watch(loader), len(test), data["batch_size"], failures)
 
     def classify(batch: dict, keep: Tensor) -> Tensor:
         """Logits of a training batch under a dropout, as `ClassificationWrapper.draw_dropout` draws it."""
@@ -147,12 +160,16 @@ def fine_tune(
     def without_dropout(batch: dict) -> Tensor:
         return classify(batch, torch.ones(len(batch["frames"]), model.feat_dim, device=device))
 
+    def save(epoch: int, step: int, warming: bool) -> None:
+        training = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict()}
+        stored.save(part.name, epoch=epoch, step=step, warming=warming, **training)
+
     torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
-    start_epoch = 0
+    start_epoch, start_step = 0, 0
     if state is not None:
         checkpoint.load_weights(model, state["model"], str(stored.file))
         precision.load_state_dict(state["scaler"])
-        start_epoch = state["epoch"]
+        start_epoch, start_step = state["epoch"], state["step"]
     last_epoch = start_epoch if cfg["test_only"] else num_epochs
     if start_epoch < last_epoch:
         loader = build_fresh_clips(cfg, train, device)
@@ -160,7 +177,7 @@ def fine_tune(
         dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
         if compiles(cfg["compile"], device):
             prepare.compile(dynamic=False)
-        batches.start_at(start_epoch, last_epoch - start_epoch)
+        batches.start_at(start_epoch, start_step, last_epoch - start_epoch)
         stream = prefetch(loader, device)
     for epoch in range(start_epoch, last_epoch):
         warming = epoch < warmup  # first the classifier alone, on a backbone in eval mode
@@ -175,7 +192,7 @@ def fine_tune(
         if epoch in (start_epoch, warmup) and compiles(cfg["compile"], device):
             stream = try_compiled(stream, without_dropout, net, prepare)
         averages, clock = Averages(), StepClock()
-        for step, batch in enumerate(clock.timed(islice(stream, batches.steps))):
+        for step, batch in enumerate(clock.timed(islice(stream, batches.steps - start_step)), start_step):
             for share in gather_objects(batch["failures"]):
                 failures(share)
             has_clips, size = "frames" in batch, batches.size(step)
@@ -198,7 +215,8 @@ def fine_tune(
             optimizer.zero_grad(set_to_none=True)
             averages.add({"loss": loss})
             clock.count(size)
-            if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps:
+            stopping = stop.on_any_rank()
+            if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps or stopping:
                 figures = averages.read() | {"lr": rate} | clock.read()
                 if not math.isfinite(figures["loss"]):
                     raise RunFailed(f"{part.name}, epoch {epoch + 1}: the loss is not finite; lower lr.base_lr")
@@ -206,18 +224,14 @@ def fine_tune(
                 clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
                 place = f"{'warm-up ' if warming else ''}epoch {epoch + 1}/{num_epochs} step {step + 1}/{batches.steps}"
                 log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), in_words(figures))
+                if stopping:
+                    save(epoch, step + 1, warming)
+                    stop.leave(f"{part.name}, epoch {epoch + 1}, step {step + 1}")
                 clock.restart()
 
-        done = epoch + 1
+        start_step, done = 0, epoch + 1
         if done % cfg["test_freq"] == 0 or done == num_epochs:
-            stored.save(
-                part.name,
-                epoch=done,
-                warming=warming,
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scaler=precision.state_dict(),
-            )
+            save(done, 0, warming)
         if done % cfg["test_freq"] == 0 and done < num_epochs:
             outputs, present = rows_of(test_clips(data["test"]["clips_per_video"], 0), torch.arange(len(test)))
             if is_main():

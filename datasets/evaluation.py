@@ -4,7 +4,6 @@ A video shorter than a clip gives a clip that starts with it and repeats its las
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -184,24 +183,25 @@ class SharedBatches(Sampler):
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, drop_last: bool = False) -> None:
         self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
         self.steps = length // batch_size if drop_last else -(-length // batch_size)
-        self.epoch, self.epochs = 0, 1
+        self.epoch, self.first_step, self.epochs = 0, 0, 1
 
-    def start_at(self, epoch: int, epochs: int = 1) -> None:
-        """Let the next pass be of so many epochs, from this one on."""
-        self.epoch, self.epochs = epoch, epochs
+    def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
+        """Let the next pass be of so many epochs, from this step of this one on."""
+        self.epoch, self.first_step, self.epochs = epoch, step, epochs
 
     def size(self, step: int) -> int:
         """Positions in a global batch."""
         return min(self.batch_size, self.length - step * self.batch_size)
 
     def __len__(self) -> int:
-        return self.epochs * self.steps
+        return self.epochs * self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, step in itertools.product(range(self.epoch, self.epoch + self.epochs), range(self.steps)):
+        for i in range(self.first_step, self.epochs * self.steps):
+            later, step = divmod(i, self.steps)
             first, size = step * self.batch_size, self.size(step)
             begin, end = (first + size * r // self.world_size for r in (self.rank, self.rank + 1))
-            yield [(epoch, position) for position in range(begin, end)]
+            yield [(self.epoch + later, position) for position in range(begin, end)]
 
 
 def data_fingerprint(*lists: VideoList) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):
     found = evaluate(tmp_path, cfg, model, "--random-weights", "--resume")
     assert tiny.differences(checkpoint.load(file), whole, ("parts",)) == []
     assert evaluate(tmp_path, cfg, model, "--random-weights", "--test-only")["results"] == found["results"]
+
+
+def test_a_signal_saves_and_two_processes_go_on_in_the_same_bits(cfgs, tmp_path):
+    changes = {"optimizer__num_epochs": 2, "optimizer__warmup_classifier": True, "optimizer__warmup_epochs": 1}
+    cfg, model = cfgs(**changes, test_freq=100)  # without the signal it would save at the end alone
+    arguments, folder = (cfg, model, "--random-weights"), tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights"
+    started, metrics = tiny.Started(*arguments, script=SCRIPT, ranks=2), folder / "metrics.jsonl"
+    tiny.wait_until(lambda: metrics.exists() and metrics.read_text())
+    started.signal(signal.SIGUSR1)
+    ended = started.wait(60)
+    assert ended.returncode == 75, ended.stderr
+    assert "preempted: stopped by SIGUSR1, saved at all, epoch " in ended.stderr
+    assert "; run it again with --resume to go on" in ended.stderr and not (folder / "results.json").exists()
+    assert 0 < stored(tmp_path)["step"] <= 3 and stored(tmp_path)["epoch"] < 3
+    found = evaluate(tmp_path, *arguments, "--resume", ranks=2)
+    resumed = checkpoint.load(folder / "checkpoint.pth.tar")
+    whole = evaluate(tmp_path, *arguments, ranks=2)
+    assert tiny.differences(checkpoint.load(folder / "checkpoint.pth.tar"), resumed, ("parts",)) == []
+    assert found["results"] == whole["results"]
 
 
 def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -159,6 +160,38 @@ def test_resume_and_test_only(cfgs, tmp_path):
         *base, "--resume", "--set-model", "model.args.video_backbone_args.depth=18"
     )
     evaluate(tmp_path, *base, "--debug", "--set", "optimizer.num_epochs=1")
+
+
+def test_a_signal_between_epochs_saves(cfgs, tmp_path):
+    cfg, model = cfgs(feature_views=2, optimizer__num_epochs=200, test_freq=1000)  # else saved at the end alone
+    arguments, folder = (cfg, model, "--random-weights"), tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights"
+    told = folder / "train.log"
+    ended = stop(arguments, signal.SIGUSR1, lambda: told.exists() and "Linear classifiers" in told.read_text())
+    epoch = checkpoint.load(folder / "checkpoint.pth.tar")["parts"]["all"]["epoch"]
+    assert 0 < epoch < 200 and f"saved at all, epoch {epoch}; run it again with --resume to go on" in ended.stderr
+    evaluate(tmp_path, *arguments, "--resume")
+    resumed = checkpoint.load(folder / "checkpoint.pth.tar")
+    evaluate(tmp_path, *arguments)
+    assert tiny.differences(checkpoint.load(folder / "checkpoint.pth.tar"), resumed, ("parts",)) == []
+
+
+def test_a_signal_while_features_are_made_ends_it(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__num_epochs=100)
+    arguments, folder = (cfg, model, "--random-weights"), tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights"
+    ended = stop(arguments, signal.SIGTERM, lambda: (folder / "checkpoint.pth.tar").exists())
+    assert ended.stderr.splitlines()[-1].endswith("; run it again with --resume to go on")
+    assert 0 < checkpoint.load(folder / "checkpoint.pth.tar")["parts"]["all"]["epoch"] < 100
+
+
+def stop(arguments, number, condition):
+    """Start an evaluation, send it a signal once this holds, and see it end as asked."""
+    started = tiny.Started(*arguments, script=SCRIPT)
+    tiny.wait_until(condition)
+    started.signal(number)
+    ended = started.wait(60)
+    assert ended.returncode == 75, ended.stderr
+    assert f"preempted: stopped by {number.name}" in ended.stderr
+    return ended
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):

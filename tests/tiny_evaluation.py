@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -78,10 +79,13 @@ def run_here(script: str, *arguments: object) -> None:
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
     no_gpu = mock.patch("torch.cuda.device_count", return_value=0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         with no_gpu, mock.patch.object(sys, "argv", [script, *map(str, arguments)]):
             module.main()
-    finally:  # as at the end of a process: its log is closed, and with that the lock on its folder is gone
+    finally:  # as at the end of a process: signals end it, its log is closed, and the lock on its folder is gone
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for handler in list(log.handlers):
             log.removeHandler(handler)
             handler.close()

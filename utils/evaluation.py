@@ -21,6 +21,8 @@ log = logging.getLogger("avssrl")
 
 FREE_TO_CHANGE = ("resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root")
 """Keys that leave an evaluation's meaning alone."""
+AGAIN = "run it again with --resume"
+"""What goes on with an evaluation that was asked to stop."""
 
 
 def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str) -> tuple[dict, dict]:

@@ -5,13 +5,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from utils.distributed import broadcast_object, gather_objects, is_main
 from utils.errors import UserError
@@ -26,7 +25,7 @@ ClipOutputs = tuple[dict[str, np.ndarray], np.ndarray]
 
 def clip_outputs(
     forward: Forward,
-    loader: DataLoader,
+    batches: Iterable[dict],
     num_videos: int,
     chunk: int,
     failed: Callable[[list[tuple[str, str]]], None],
@@ -37,8 +36,8 @@ def clip_outputs(
     Args:
         forward: frames (M, T, H, W, 3) and their augmentation (M, 5) or None to a dict of outputs (M, D). Called in
             inference mode, with at most `chunk` clips.
-        loader: this rank's; batches hold `index` (N,), `frames` (N, clips, T, H, W, 3), `failures`, by
-            `collate_readable`; every rank has the same number of batches.
+        batches: this rank's, of `index` (N,), `frames` (N, clips, T, H, W, 3), `failures`, by `collate_readable`; every
+            rank has the same number of them.
         failed: told the failures of all ranks, on every rank.
         create: makes the array for an output's name and shape (videos, clips, D), float32; default: in memory.
 
@@ -46,7 +45,7 @@ def clip_outputs(
     arrays: dict[str, np.ndarray] = {}
     readable = np.zeros(num_videos, dtype=bool)
     create = create or (lambda name, shape: np.zeros(shape, np.float32))
-    for batch in loader:
+    for batch in batches:
         own = {"failures": batch["failures"], "index": np.zeros(0, np.int64), "outputs": {}}
         if "frames" in batch:
             own |= {"index": batch["index"].numpy(), "outputs": _run(forward, batch, chunk)}
@@ -78,7 +77,7 @@ def stored_clip_outputs(
     cache_dir: str | Path,
     meaning: Mapping,
     forward: Forward,
-    make_loader: Callable[[], DataLoader],
+    make_batches: Callable[[], Iterable[dict]],
     num_videos: int,
     chunk: int,
     failed: Callable[[list[tuple[str, str]]], None],
@@ -112,7 +111,7 @@ def stored_clip_outputs(
         return np.lib.format.open_memmap(building / f"{name}.npy", "w+", np.float32, shape)
 
     try:
-        arrays, readable = clip_outputs(forward, make_loader(), num_videos, chunk, note, create)
+        arrays, readable = clip_outputs(forward, make_batches(), num_videos, chunk, note, create)
         if is_main() and arrays:
             for array in arrays.values():
                 array.flush()

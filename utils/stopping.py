@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -20,9 +20,13 @@ class StopSignal:
     """Notes SIGTERM and SIGUSR1 (Slurm's warning), so that the run can save and end at the next step.
 
     The loader's workers outlive both where they go to all processes of a run (`datasets.video_dataset`).
+
+    Args:
+        again: what goes on with the run, for the message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: str = "run it again") -> None:
+        self.again = again
         self._name: str | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
@@ -34,16 +38,26 @@ class StopSignal:
         """Whether any rank was asked to stop; every rank must call it. Talks from host to host, not to the device."""
         return any_rank(self._name is not None)
 
-    def leave(self, place: str) -> None:
-        """End this process, after rank 0's last save.
+    def watch(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """These batches, as many on every rank, until a rank is asked to stop: for work whose progress is not saved.
+
+        Raises:
+            Preempted: one was.
+        """
+        for batch in batches:
+            if self.on_any_rank():
+                self.leave()
+            yield batch
+
+    def leave(self, place: str | None = None) -> None:
+        """End this process, after rank 0's last save, which was at `place`.
 
         Raises:
             Preempted: always.
         """
         barrier()
-        raise Preempted(
-            f"stopped by {self._name or 'a signal to another rank'}, saved at {place}; run it again to go on"
-        )
+        saved = f", saved at {place}" if place else ""
+        raise Preempted(f"stopped by {self._name or 'a signal to another rank'}{saved}; {self.again} to go on")
 
 
 class NonFiniteGuard:

@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
-from utils.errors import RunFailed, UserError
+from utils.errors import STATUS, Preempted, RunFailed, UserError
 from utils.evaluation import benchmark_folder
 from utils.logger import duration
 
@@ -42,7 +43,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its evaluation ends, too
     sweep(args, arguments[cut + 1 :])
 
 
@@ -52,6 +52,7 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
     Raises:
         UserError: a bad key or ratio.
         RunFailed: an evaluation failed; its message is on the console.
+        Preempted: it was asked to stop, and so was its evaluation.
     """
     for ratio in args.ratios:
         if not 0 < ratio <= 1:
@@ -62,15 +63,42 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
     if not cfg["feature_views"]:
         print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); here {VIEWS}, so that features are made once")
         args.set = [*args.set, f"feature_views={VIEWS}"]
-    runs, started = list(combinations(args)), time.monotonic()
+    runs, started, child = list(combinations(args)), time.monotonic(), Child()
     for done, (model_cfg, random, ratio, seed) in enumerate(runs):
         left = duration((time.monotonic() - started) / done * (len(runs) - done)) if done else "?"
         method = "random weights" if random else Path(model_cfg).stem
         print(f"{done + 1}/{len(runs)} | {left} left | {method}, ratio {ratio:g}, few_shot_seed {seed}", flush=True)
-        status = subprocess.run(command(args, model_cfg, random, ratio, seed, script_options)).returncode
+        status = child.run(command(args, model_cfg, random, ratio, seed, script_options))
+        if child.asked or status == STATUS[Preempted]:
+            raise Preempted(f"stopped by a signal; run it again{' without --anew' * args.anew} to go on")
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
     report_concepts(folders, Path(args.out))
+
+
+class Child:
+    """Commands in processes of their own, one at a time, to which SIGTERM and SIGUSR1 are passed on.
+
+    `asked` is the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._process: subprocess.Popen | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def run(self, command: list[str]) -> int:
+        """Its exit status."""
+        with subprocess.Popen(command) as self._process:
+            if self.asked is not None:  # it came before there was a process to pass it on to
+                self._process.send_signal(self.asked)
+            return self._process.wait()
 
 
 def combinations(args: argparse.Namespace) -> Iterator[tuple[str, bool, float, int]]:

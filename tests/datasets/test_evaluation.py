@@ -88,6 +88,9 @@ def test_shares_are_the_batches_of_one_process(length, batch, processes):
     several.start_at(2, epochs=2)
     assert list(several) == [[(epoch, i) for _, i in keys] for epoch in (2, 3) for keys in whole]
     assert len(several) == 2 * len(whole)
+    several.start_at(2, len(whole) - 1, epochs=2)
+    assert list(several) == [[(2, i) for _, i in whole[-1]], *([(3, i) for _, i in keys] for keys in whole)]
+    assert len(several) == 1 + len(whole)
 
 
 def test_missing_videos_are_counted_and_named(videos):

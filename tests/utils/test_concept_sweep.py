@@ -150,8 +150,9 @@ def test_a_sweep_that_is_told_to_end_takes_its_evaluation_along(swept):
     (process,) = sweep.processes
     tiny.wait_until(lambda: tiny.children(process.pid))
     (evaluation,) = tiny.children(process.pid)
-    sweep.signal(signal.SIGTERM)
-    assert sweep.wait().returncode == 128 + signal.SIGTERM
+    sweep.signal(signal.SIGUSR1)
+    ended = sweep.wait()
+    assert ended.returncode == 75 and "preempted: stopped by a signal; run it again to go on" in ended.stderr
     assert not os.path.exists(f"/proc/{evaluation}")
 
 
