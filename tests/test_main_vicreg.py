@@ -74,7 +74,7 @@ def whole(tmp_path_factory, videos):
 
 @pytest.mark.parametrize(
     ("number", "kill"),
-    [(signal.SIGTERM, os.kill), (signal.SIGUSR1, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.killpg)],
+    [(signal.SIGUSR1, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.killpg)],
 )
 def test_a_signal_saves_and_the_run_goes_on_in_the_same_bits(tmp_path, videos, whole, number, kill):
     """`killpg` reaches the data workers, too, as Slurm's signals and those of `timeout` do."""
