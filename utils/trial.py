@@ -33,7 +33,14 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, _in_one_line(error)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Name and message. A compiler's begins with its command, thousands of characters, and ends with what it found."""
+    message = str(error).partition("Set TORCHDYNAMO_VERBOSE=1")[0]  # advice to PyTorch's developers follows
+    line = " ".join(f"{type(error).__name__}: {message}".split())
+    return line if len(line) <= 400 else f"{line[:100]} ... {line[-300:]}"
 
 
 def try_compiled(

@@ -13,7 +13,7 @@ from utils.benchmark_forms import Form
 from utils.benchmark_step import first_calls
 from utils.distributed import wrap
 from utils.frozen import FrozenEncoder
-from utils.trial import try_compiled
+from utils.trial import attempt, try_compiled
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,16 @@ class Network(nn.Module):
         if self.fails and torch.compiler.is_compiling():
             x = Failing.apply(x, self.fails == "forward")
         return self.bn(x)
+
+
+def test_the_reason_is_what_a_compiler_found_and_not_its_command():
+    def call():
+        told = "Command:\ng++ " + 900 * "-I/usr " + "\n\nOutput:\nkernel.cpp:12:5: error: no such thing\n\n\n"
+        raise RuntimeError(told + "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this ...)")
+
+    result, reason = attempt(call)
+    assert result is None and len(reason) <= 420 and reason.startswith("RuntimeError: Command: g++")
+    assert reason.endswith("Output: kernel.cpp:12:5: error: no such thing")
 
 
 def batches(count=3):
