@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.decoding import DecodeError, VideoFile
+from utils.figures import drawable
 
 FRAMES = 4
 SAMPLE_RATE = 4000  # Hz, enough to draw
@@ -25,11 +26,11 @@ def draw_contact_sheet(
     cells = figure.subfigures(rows, 2, squeeze=False).flat
     for cell, i in zip(cells, sorted(chosen.tolist()), strict=False):
         pictures, sound = cell.subplots(2, 1, height_ratios=(2.4, 1))
-        pictures.set_title(names[i], fontsize=8)
+        pictures.set_title(drawable(names[i]), fontsize=8)
         try:
             frames, waveform, seconds = _look(Path(root) / names[i])
         except DecodeError as error:
-            pictures.text(0.5, 0.5, str(error)[-80:], ha="center", fontsize=7)
+            pictures.text(0.5, 0.5, drawable(str(error)[-80:]), ha="center", fontsize=7)
             frames, waveform, seconds = None, np.empty(0), 0.0
         if frames is not None:
             pictures.imshow(np.concatenate(list(frames), axis=1))

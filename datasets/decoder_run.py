@@ -47,6 +47,7 @@ class Run:
             for frame in self._decode(packet):
                 time = self._time(frame, self._start if before is None else before + self._step)
                 self.first = min(self.first, time)
+                frame.time_base = self._stream.time_base  # PyAV leaves it out where the decoder held the frame back
                 yield time, frame
                 before = time
 

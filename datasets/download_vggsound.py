@@ -9,8 +9,8 @@ all workers then wait, twice as long each time.
 """
 
 import argparse
-import contextlib
 import csv
+import glob
 import os
 import re
 import shutil
@@ -25,16 +25,17 @@ from tqdm import tqdm
 
 from utils.cli import at_least, run_script
 from utils.errors import UserError
+from utils.files import write_whole
 
 SECONDS = 10
 FATES = "download.csv"
 COLUMNS = ("id", "start", "split", "fate", "reason", "time")
 GONE = re.compile(
-    r"private video|video (is |has been )?(private|removed|unavailable|not available)|no longer available|terminated|"
-    r"copyright|members.only|confirm your age|not available in your country",
+    r"private video|video (is |has been )?(private|removed|unavailable|not available)|no longer available|"
+    r"account .{0,60}terminated|copyright|members.only|confirm your age|not available in your country",
     re.IGNORECASE,
 )
-TOO_FAST = re.compile(r"429|too many requests|rate.?limit|confirm you.?re not a bot", re.IGNORECASE)
+TOO_FAST = re.compile(r"\b429\b|too many requests|rate.?limit|confirm you.?re not a bot", re.IGNORECASE)
 FIRST_WAIT, LONGEST_WAIT = 30.0, 3600.0  # seconds
 TRIES = 6  # of one clip, when the answer is to slow down
 
@@ -52,15 +53,16 @@ def main() -> None:
     args = parser.parse_args()
     clips = [clip for clip in read_clips(args.csv) if args.split in (None, clip[2])]
     counts = download_all(clips, Path(args.out), yt_dlp_download(), args.workers, args.limit)
-    with contextlib.suppress(shutil.SameFileError):
-        shutil.copy2(args.csv, Path(args.out) / "vggsound.csv")
+    copy = Path(args.out) / "vggsound.csv"
+    if not (copy.exists() and copy.samefile(args.csv)):
+        write_whole(copy, Path(args.csv).read_bytes())
     print(", ".join(f"{fate} {count}" for fate, count in counts.items()) + f"; see {Path(args.out) / FATES}")
 
 
 def read_clips(file: str | Path) -> list[Clip]:
     """(id, start second, split) of each line of vggsound.csv. UserError where it is not such a file."""
     try:
-        with Path(file).open(newline="", encoding="utf-8") as lines:
+        with Path(file).open(newline="", encoding="utf-8-sig") as lines:
             rows = [row for row in csv.reader(lines) if row]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--csv {file}: cannot be read: {error}") from None
@@ -112,22 +114,29 @@ def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tupl
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.stem}.{os.getpid()}.part.mp4")
     reason = ""
+    clear_leftovers(target)
     for _ in range(TRIES):
         pause.wait()
         try:
             download(clip, part)
             os.replace(part, target)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).replace(clip[0], "").split())[:300]  # an id may look like any reason
         else:
             pause.relax()
             return "done", ""
         finally:
-            part.unlink(missing_ok=True)
+            clear_leftovers(target)
         if not TOO_FAST.search(reason):
             return ("gone" if GONE.search(reason) else "failed"), reason
         pause.back_off()
     return "failed", reason
+
+
+def clear_leftovers(target: Path) -> None:
+    """Delete the halves of a clip that a try which failed, or a process that was killed, has left beside it."""
+    for half in target.parent.glob(f".{glob.escape(target.stem)}.*"):
+        half.unlink(missing_ok=True)
 
 
 def path_of(clip: Clip, out: Path) -> Path:

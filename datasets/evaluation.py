@@ -109,7 +109,8 @@ class VideoClips(Dataset):
                 if self.even:
                     starts += sampling.evenly(span, recipe.video_seconds, self.even)
                 if recipe.augment:
-                    clip_rngs = [np.random.default_rng((self.seed, index, clip)) for clip in range(len(starts))]
+                    # from 1 on: zeros at the end of a seed change nothing, and the starts have (seed, index)
+                    clip_rngs = [np.random.default_rng((self.seed, index, clip + 1)) for clip in range(len(starts))]
                 frames = read_windows(file, starts, recipe, clip_rngs)
         except DecodeError as error:
             return {"index": index, "failures": [(self.videos.name(index), str(error))]}
@@ -217,5 +218,5 @@ def data_fingerprint(*lists: VideoList) -> str:
             if manifest is None:
                 digest.update(size_and_time(videos.path(i)).encode())
             else:
-                digest.update(manifest.sources[videos.name(i)].encode())
+                digest.update(manifest.sources.get(videos.name(i), "absent").encode())
     return digest.hexdigest()[:16]

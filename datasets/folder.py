@@ -42,8 +42,10 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     return VideoList(root, names, labels, classes)
 
 
-def find(root: Path) -> list[str]:
-    """The videos anywhere below a folder, as paths relative to it; links are followed, each folder is taken once.
+def find(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
+    """The videos anywhere below a folder, or the files with other `endings`, as paths relative to it.
+
+    Links are followed, each folder is taken once; files and folders whose names begin with a dot are left out.
 
     Raises:
         UserError: there is no such folder.
@@ -52,13 +54,14 @@ def find(root: Path) -> list[str]:
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
     found, visited = [], set()
     for folder, below, files in os.walk(root, followlinks=True):
-        below.sort()  # so that of two links to one folder the same one counts everywhere
+        below[:] = sorted(name for name in below if not name.startswith("."))  # of two links the first, everywhere
         if (place := os.path.realpath(folder)) in visited:
             below.clear()
             continue
         visited.add(place)
         relative = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(relative, f)) for f in files if f.lower().endswith(ENDINGS)]
+        names = (name for name in files if name.lower().endswith(endings) and not name.startswith("."))
+        found += [os.path.normpath(os.path.join(relative, name)) for name in names]
     return found
 
 

@@ -126,6 +126,6 @@ def size_and_time(file: Path) -> str:
     """A file's size in bytes and its last change in ns: what tells one state of it from another; `absent` if it is."""
     try:
         status = file.stat()
-    except FileNotFoundError:  # a broken link, say: whoever opens it says so
+    except OSError:  # a broken link, say: whoever opens it says so
         return "absent"
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +29,14 @@ from datasets.transcode import Facts
 from datasets.work_pool import TRY_AGAIN, run_jobs
 from utils.cli import at_least, run_script
 from utils.errors import UserError
-from utils.files import lock
+from utils.files import lock, write_whole
 from utils.processes import cores
 
 LISTS = {  # what belongs to a data set beside its videos
     "vggsound": ("vggsound.csv",),
     "ucf101": ("ucfTrainTestlist",),
     "hmdb51": ("splits", "testTrainMulti_7030_splits"),
-    "folder": ("**/*.csv",),
+    "folder": (".",),  # its CSV files
 }
 SHORT = 0.5  # seconds that a video may end before it declares to
 PART = "manifest-part-{}-of-{}.csv"
@@ -124,7 +123,7 @@ def sum_up(part: Path, videos: Path) -> None:
     report = part.parent
     rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
     summary = summarise(list(rows.values()))
-    (report / "summary.txt").write_text(summary)
+    write_whole(report / "summary.txt", summary, errors="surrogateescape")
     print(summary, end="")
     readable = [row for row in rows.values() if not row["error"]]
     if readable:
@@ -182,15 +181,16 @@ def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_err
 
 
 def copy_lists(dataset: str, raw: Path, out: Path) -> None:
-    """Copy the lists and labels that belong to the data set."""
-    for pattern in LISTS[dataset]:
-        for source in raw.glob(pattern):
-            target = out / source.relative_to(raw)
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            elif source.name != FILE:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, target)
+    """Copy the lists and labels that belong to the data set: what they say, not that they are read-only."""
+    endings = (".csv",) if dataset == "folder" else ("",)
+    for top in LISTS[dataset]:
+        names = [top] if (raw / top).is_file() else []
+        if (raw / top).is_dir():
+            names = [os.path.join(top, name) for name in folder.find(raw / top, endings)]
+        for name in names:
+            content, copy = (raw / name).read_bytes(), out / name
+            if copy.name != FILE and not (copy.is_file() and copy.read_bytes() == content):
+                write_whole(copy, content)
 
 
 def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:

@@ -25,6 +25,8 @@ QUALITY = 18  # x264's crf: 18 passes for transparent
 SAMPLE_RATE = 16000  # Hz
 AUDIO_FRAME = 4096  # samples
 CLOCK = 90000  # ticks a second of the frames' time stamps
+# where a stream begins later than the other is told in ticks of the movie's clock: both SAMPLE_RATE and CLOCK divide it
+CONTAINER = {"movflags": "+faststart", "movie_timescale": "720000"}
 SILENT = -60.0  # dBFS; below this loudness a track counts as silent
 STILL = 0.05  # mean change of a pixel between frames, of 255; below this a video counts as a still picture
 THUMBNAIL = 32  # pixels a side, of the pictures that motion is measured on
@@ -59,7 +61,7 @@ def transcode(
     with closed groups of `GOP` frames, most of them ones that no other refers to, tuned for fast decoding; FLAC, mono,
     16 kHz, 16 bits. Both streams keep their places in time relative to each other, and the earlier one starts at 0: a
     moment t of the raw file is t - `shift` in the prepared one. Frames keep their times; with `fps` (Hz) they are the
-    nearest ones to times that far apart.
+    nearest ones to times that far apart. The last one is held as long as in the raw file.
 
     Raises:
         DecodeError: no video in it that can be decoded.
@@ -87,10 +89,12 @@ def transcode(
 def inspect(source: str | os.PathLike) -> Facts:
     """The facts on a file as it is, by decoding all of it; DecodeError where that cannot be done."""
     with VideoFile(source) as file:
-        info, motion = file.info.video, _Motion()
-        times = [motion.see(time, frame) for time, frame in file.frames()]
+        info, motion, times, held = file.info.video, _Motion(), [], 0.0
+        for time, frame in file.frames():
+            times.append(motion.see(time, frame))
+            held = _held(frame)
         waveform, audio = _sound(file)
-        return _facts(file, times, (info.width, info.height), waveform, audio, motion, 0.0)
+        return _facts(file, times, held, (info.width, info.height), waveform, audio, motion, 0.0)
 
 
 def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) -> Facts:
@@ -102,11 +106,11 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
     first = next(frames, None)
     if first is None:
         raise DecodeError(f"{file.path}: asked for: all frames; found: no frame that can be decoded")
-    audio_start = math.ceil(file.info.audio.start * SAMPLE_RATE) / SAMPLE_RATE if len(waveform) else math.inf
+    audio_start = round(file.info.audio.start * SAMPLE_RATE) / SAMPLE_RATE if len(waveform) else math.inf
     shift = min(math.floor(first[0] * SAMPLE_RATE) / SAMPLE_RATE, audio_start)
     width, height = prepared_size(info.width, info.height, short_side)
-    motion, times = _Motion(), []
-    with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+    motion, times, held = _Motion(), [], 0.0
+    with av.open(str(target), "w", format="mp4", options=CONTAINER) as out:
         video = out.add_stream("libx264", rate=Fraction(fps or info.fps or 25).limit_denominator(1001))
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         video.codec_context.time_base = Fraction(1, CLOCK)
@@ -134,11 +138,20 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
             picture.pts, picture.time_base = tick, Fraction(1, CLOCK)
             out.mux(video.encode(picture))
             times.append(tick / CLOCK)
-            last_tick = tick
-        out.mux(video.encode(None))
+            last_tick, held = tick, 1 / fps if fps else _held(frame)
+        rest = video.encode(None)
+        if held:
+            last = max(rest, key=lambda packet: packet.pts)
+            last.duration = round(held / last.time_base)
+        out.mux(rest)
         if track is not None:
             _write_audio(out, track, waveform, round((audio_start - shift) * SAMPLE_RATE))
-    return _facts(file, times, (width, height), waveform, audio, motion, shift)
+    return _facts(file, times, held, (width, height), waveform, audio, motion, shift)
+
+
+def _held(frame: "av.VideoFrame") -> float:
+    """Seconds for which a frame is shown by its file; 0: it does not say."""
+    return float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
 
 
 def prepared_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -158,13 +171,22 @@ def _at_rate(frames: Iterator[tuple], fps: float | None) -> Iterator[tuple]:
         yield from frames
         return
     before, start, count = None, None, 0
-    for time, frame in frames:
+    for time, frame in _with_end(frames):
         start = time if start is None else start
         while (wanted := start + count / fps) <= time:
             nearer = before is not None and wanted - before[0] <= time - wanted + 1e-9
-            yield wanted, before[1] if nearer else frame
+            yield wanted, before[1] if nearer or frame is None else frame
             count += 1
         before = time, frame
+
+
+def _with_end(frames: Iterator[tuple]) -> Iterator[tuple]:
+    """The frames, and then None at the last moment at which the last one is shown."""
+    time, frame = 0.0, None
+    for time, frame in frames:
+        yield time, frame
+    if frame is not None and (held := _held(frame)):
+        yield time + held - 1e-6, None
 
 
 def _sound(file: VideoFile) -> tuple[np.ndarray, str]:
@@ -228,6 +250,7 @@ class _Motion:
 def _facts(
     file: VideoFile,
     times: list[float],
+    held: float,
     size: tuple[int, int],
     waveform: np.ndarray,
     audio: str,
@@ -238,7 +261,7 @@ def _facts(
         raise DecodeError(f"{file.path}: asked for: all frames; found: no frame that can be decoded")
     between = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
     return Facts(
-        duration=round(times[-1] - times[0] + between, 6),
+        duration=round(times[-1] - times[0] + (held or between), 6),
         frames=len(times),
         fps=round(1 / between, 3) if between else 0.0,
         width=size[0],

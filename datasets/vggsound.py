@@ -56,11 +56,15 @@ def _names(root: Path, folder: str) -> list[str]:
 
 
 def find(folder: Path) -> list[str]:
-    """Names of the mp4 files right below a folder, in their order; none where there is no folder."""
+    """Names of the mp4 files right below a folder, in their order; none where there is no folder.
+
+    Those that begin with a dot are left out: what a download that was killed has left, macOS' companions of files.
+    """
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
+        names = (entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
+        return sorted(name for name in names if not name.startswith("."))
 
 
 def parse_name(name: str) -> Clip:

@@ -1,6 +1,7 @@
 """Command lines: the options of the scripts, and how a script ends."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -87,6 +88,8 @@ def _seed(text: str) -> int:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. What users can mend or wait for ends in one line; its exit status says which it was."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything; stderr is so by itself
     try:
         main()
     except (UserError, RunFailed, Preempted) as error:

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 log = logging.getLogger("avssrl")
 
-VERSION = 1  # raised when the same request would no longer give the same features
+VERSION = 2  # raised when the same request would no longer give the same features
 Forward = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 ClipOutputs = tuple[dict[str, np.ndarray], np.ndarray]
 """On rank 0 outputs (videos, clips, D) by name, and which videos could be read, bool (videos,); elsewhere nothing."""

@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def drawable(name: str) -> str:
+    """A file's or a class' name as matplotlib can draw it: bytes that are no UTF-8 replaced, `$` no mathematics."""
+    return name.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
+
+
 def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
     """Save a picture, its folder made.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.evaluation import clip_accuracies, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
-from utils.figures import save_figure
+from utils.figures import drawable, save_figure
 from utils.files import write_whole
 from utils.metrics import nearest_neighbour_accuracy
 
@@ -88,7 +88,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
     """
     from matplotlib.figure import Figure
 
-    classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in classes]
+    classes = [drawable(name) for name in classes]
     count = len(classes)
     percent = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     side = max(4.0, 0.19 * count + 2.5)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.figures import save_figure
+from utils.figures import drawable, save_figure
 from utils.metrics import leave_one_out_accuracy, retrieval
 
 log = logging.getLogger("avssrl")
@@ -144,7 +144,7 @@ def draw_answers(
     )
 
     def name(i: int) -> str:
-        return classes[embeddings["label"][i]] if len(classes) and embeddings["label"][i] >= 0 else ""
+        return drawable(classes[embeddings["label"][i]]) if len(classes) and embeddings["label"][i] >= 0 else ""
 
     for row, query in zip(axes, chosen.tolist(), strict=True):
         frames, _ = show(int(embeddings["index"][query]))
@@ -191,7 +191,8 @@ def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | 
             axis.scatter(*flat[rest].T, s=14, color="0.75")
             for i, label in enumerate(coloured):
                 own = labels == label
-                axis.scatter(*flat[own].T, s=14, color=f"C{i % 10}", marker="o^"[i // 10], label=classes[label])
+                style = {"color": f"C{i % 10}", "marker": "o^"[i // 10], "label": drawable(classes[label])}
+                axis.scatter(*flat[own].T, s=14, **style)
             axis.set(title=title, xticks=[], yticks=[])
     if len(coloured):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)

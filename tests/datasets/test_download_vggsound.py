@@ -70,6 +70,27 @@ def test_asked_to_slow_down_all_wait_longer_each_time(tmp_path):
     assert 3 <= len(slept) < 10
 
 
+def test_an_id_is_no_reason_and_a_broken_connection_is_not_for_ever(tmp_path):
+    told = {
+        "Ab429cdEfgh": "ERROR: [youtube] Ab429cdEfgh: Private video. Sign in",
+        "b_b": "the YouTube account associated with this video has been terminated",
+        "c": "curl: (56) GnuTLS recv error (-110): The TLS connection was non-properly terminated.",
+    }
+    waits = []
+    site = Site(**{name: [answer] for name, answer in told.items()})
+    download_all([(name, 1, "train") for name in told], tmp_path, site, workers=1, sleep=waits.append)
+    assert fates(tmp_path) == {"Ab429cdEfgh": "gone", "b_b": "gone", "c": "failed"} and waits == []
+
+
+def test_the_halves_of_a_killed_process_are_deleted(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in (".--a_000001.77.part.mp4", ".--a_000001.77.part.f134.mp4", ".other_000001.77.part.mp4"):
+        (tmp_path / "train" / name).write_bytes(b"half")
+    download_all([("--a", 1, "train")], tmp_path, Site(), workers=1)
+    left = sorted(path.name for path in (tmp_path / "train").iterdir())
+    assert left == ["--a_000001.mp4", ".other_000001.77.part.mp4"]
+
+
 def test_a_limit(tmp_path):
     site = Site()
     download_all(CLIPS, tmp_path, site, workers=1, limit=2)

@@ -53,6 +53,20 @@ def test_a_clip_may_lie_in_a_gap_between_frames(make_video, tmp_path):
     assert sample["failures"] == [] and sample["frames"].shape == (8, 4, 32, 32, 3)
 
 
+def test_no_two_draws_share_their_random_numbers(videos, monkeypatch):
+    seeds, generator = [], np.random.default_rng
+
+    def note(seed):
+        seeds.append(tuple(seed) + (0,) * (4 - len(seed)))  # NumPy fills a seed up with zeros
+        return generator(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", note)
+    clips = VideoClips(videos, RECIPE, 3, random=3)
+    for index in range(1, len(videos)):
+        clips[0, index]
+    assert len(seeds) == 4 * (len(videos) - 1) == len(set(seeds))
+
+
 def test_a_short_video_repeats_its_last_frame(videos):
     frames = VideoClips(videos, RECIPE, seed=0, even=2)[0, 3]["frames"]
     assert frames.shape == (2, 6, 32, 32, 3) and torch.equal(frames[0, -1], frames[0, -2])

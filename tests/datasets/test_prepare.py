@@ -86,6 +86,61 @@ def test_a_prepared_folder_works_as_the_raw_one(raw, tmp_path, monkeypatch, caps
     assert list(videos.classes) == ["playing", "singing"]
 
 
+def test_a_run_counts_what_could_not_be_prepared_as_absent(tmp_path, make_video, monkeypatch):
+    """Lists of UCF-101 name it all the same; in pre-training another clip takes its place."""
+    root, out = make_ucf(tmp_path / "ucf", make_video), tmp_path / "out"
+    bad = sorted((root / "videos").rglob("*g01_c01.mp4"))[0]
+    bad.write_text("no video")
+    prepare(monkeypatch, "ucf101", "--root", root, "--out", out, "--workers", 1)
+    listed = build_videos(dataset(out, "ucf101") | {"fold": 1}, "trainlist01")
+    assert str(bad.relative_to(root)) in [listed.name(i) for i in range(len(listed))]
+    before = data_fingerprint(listed)
+    make_video(bad, seconds=1.0)
+    prepare(monkeypatch, "ucf101", "--root", root, "--out", out, "--workers", 1)
+    assert data_fingerprint(listed) != before
+
+
+def test_read_only_lists_are_copied_again(tmp_path, make_video, monkeypatch):
+    root, out = make_ucf(tmp_path / "ucf", make_video, train=1, test=1), tmp_path / "out"
+    lists = root / "ucfTrainTestlist"
+    for path in (*lists.iterdir(), lists):
+        path.chmod(0o555 if path == lists else 0o444)
+    for _ in range(2):
+        prepare(monkeypatch, "ucf101", "--root", root, "--out", out, "--workers", 1)
+    copies = sorted((out / "ucfTrainTestlist").iterdir())
+    assert [copy.read_bytes() for copy in copies] == [path.read_bytes() for path in sorted(lists.iterdir())]
+    assert all(path.stat().st_mode & 0o200 for path in (*copies, out / "ucfTrainTestlist"))
+
+
+def test_names_may_be_anything(tmp_path, make_video):
+    """Bytes that are no UTF-8, signs that matplotlib takes for mathematics; by a process whose output is UTF-8."""
+    root, out = tmp_path / "raw", tmp_path / "out"
+    root.mkdir()
+    names = [os.fsdecode(name) for name in (b"caf\xe9.mp4", b"make $$$ fast, $ave 50%.mp4", b"bad\xe9.mp4")]
+    for name in names[:2]:
+        make_video(root / name, seconds=0.5)
+    (root / names[2]).write_text("no video")
+    full = [sys.executable, "-m", "datasets.prepare", "folder", "--root", root, "--out", out, "--workers", "1"]
+    done = subprocess.run(full, cwd=tiny.REPO, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert b"bad\xe9.mp4" in (out / "summary.txt").read_bytes() and (out / "contact-sheet.png").is_file()
+    assert {row["path"] for row in read_rows(out / FILE)} == set(names)
+
+
+def test_hidden_files_are_no_videos(raw):
+    """What a download that was killed leaves, say, or macOS beside each file."""
+
+    def found():
+        layouts = (("vggsound", "train"), ("folder", "all"))
+        return [build_videos(dataset(raw, name), split).fingerprint for name, split in layouts]
+
+    before = found()
+    for name in (".b_000002.77.part.mp4", "._a b(1)_000001.mp4", ".trash/c_000001.mp4"):
+        (raw / "train" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(raw / CLIPS[0], raw / "train" / name)
+    assert found() == before
+
+
 def test_what_is_finished_is_not_done_again(raw, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ("vggsound", "--root", raw, "--out", out, "--workers", 1)

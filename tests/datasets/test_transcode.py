@@ -1,5 +1,6 @@
 """One raw video -> one prepared file: the same pictures, sound and times, up to compression."""
 
+import av
 import numpy as np
 import pytest
 
@@ -86,6 +87,38 @@ def test_another_frame_rate_takes_the_nearest_frames(make_video, frame_index, tm
     assert facts.frames == 20
     shown = [frame_index(frame) for frame in new.frames]
     assert shown == [int(np.ceil(i * 2.5 - 0.5)) for i in range(20)]  # of two equally near, the earlier
+
+
+@pytest.mark.parametrize("fps", [None, 10.0])
+def test_the_last_frame_is_held_as_long_as_in_the_raw_file(make_video, tmp_path, fps):
+    raw = make_video(tmp_path / "raw.mp4", seconds=2.0, fps=25, audio_seconds=6.0)
+    with av.open(str(raw)) as old, av.open(str(tmp_path / "held.mp4"), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        packets = [packet for packet in old.demux() if packet.dts is not None]
+        last = max((packet for packet in packets if packet.stream.type == "video"), key=lambda packet: packet.pts)
+        last.duration = round(4.04 / last.time_base)
+        for packet in packets:
+            packet.stream = streams[packet.stream.index]
+            new.mux(packet)
+    facts = transcode(tmp_path / "held.mp4", tmp_path / "new.mp4", fps=fps)
+    assert facts.duration == pytest.approx(6.0, abs=0.02) == inspect(tmp_path / "new.mp4").duration
+    assert facts.frames == (50 if fps is None else 60)
+    with VideoFile(tmp_path / "held.mp4") as held, VideoFile(tmp_path / "new.mp4") as new:
+        assert held.span("video") == pytest.approx((0, 6), abs=0.001)
+        assert new.span("video") == pytest.approx((0, 6), abs=0.001)
+    start = {"video_start": 4.5, "video_seconds": 0.5, "fps": 16}
+    assert psnr(read_clip(tmp_path / "held.mp4", **start).frames, read_clip(tmp_path / "new.mp4", **start).frames) > 30
+
+
+@pytest.mark.parametrize("late", [0.0234, 0.01277, 0.5004])
+def test_sound_that_begins_later_keeps_its_place_to_the_sample(make_video, tmp_path, late):
+    options = {"audio_rate": 48000, "audio_codec": "mp2", "video_start": 1.0, "audio_start": 1.0 + late}
+    raw = make_video(tmp_path / "raw.ts", seconds=4, **options)
+    facts = transcode(raw, tmp_path / "new.mp4")
+    old = read_clip(raw, audio_start=3.0, audio_seconds=0.5, sample_rate=16000).waveform
+    start = 3.0 - facts.shift
+    new = read_clip(tmp_path / "new.mp4", audio_start=start, audio_seconds=0.5, sample_rate=16000).waveform
+    assert np.abs(new - old).max() < 1e-4  # 16 bits; one sample off, the chirp differs by 0.2
 
 
 def test_sound_is_told_apart(make_video, tmp_path):
