@@ -88,17 +88,18 @@ def evaluate_fold(
     prepare = VideoPrep(cfg["dataset"]["color"]).to(device)
     compiled_size = cfg["dataset"]["batch_size"] if not drifts and compiles(cfg["compile"], device) else None
     encoder = FrozenEncoder(extractor, prepare, precision.autocast, device, drifts, compiled_size)
-    failures = evaluation.Failures(args.allow_missing)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
+    failures = evaluation.Failures(args.allow_missing, states)
     evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
 
     stage("Features")
     num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
-    random = max(few, cfg["dataset"]["test"]["final_clips_per_video"])
-    even = cfg["dataset"]["test_dense"]["clips_per_video"]
+    final, even = cfg["dataset"]["test"]["final_clips_per_video"], cfg["dataset"]["test_dense"]["clips_per_video"]
+    random = max(few, final)  # fewer are the first ones of more
+    counted = [*range(final), *range(random, random + even)]  # clips, in the final test
     views, tests = None, None
     if cfg["feature_views"]:
         augment = cfg["dataset"]["train"]["use_augmentation"]
@@ -142,18 +143,20 @@ def evaluate_fold(
                     figures |= quick_test(probe.logits, tests, part.test, part.test_labels, few)
                 log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
                 writer.write(part.name, probe.epoch, figures)
-            stored.save(part.name, **probe.state_dict(), drift=encoder.drift())
+            stored.save(part.name, **probe.state_dict(), drift=encoder.drift(), failures=failures.names)
             if stopping:
                 stop.leave(f"{part.name}, epoch {probe.epoch}")
 
         clips = tests or clip_features(cfg, data.test, encoder, failures, stop, random=random, even=even)
         if is_main():
             features, present = rows_of(clips, part.test)
-            outcome[part.name] = Outcome(part.classes, part.test_labels[present], probe.logits(features), random)
+            features, labels = {name: x[:, counted] for name, x in features.items()}, part.test_labels[present]
+            trained = probe.epoch, num_epochs
+            outcome[part.name] = Outcome(part.classes, labels, probe.logits(features), final, trained)
             if views:
                 train_features, train_present = rows_of(views, part.train)
-                labels = part.train_labels[train_present], part.test_labels[present]
-                outcome[part.name].neighbours = neighbours(train_features, labels[0], features, labels[1], random)
+                train_labels = part.train_labels[train_present]
+                outcome[part.name].neighbours = neighbours(train_features, train_labels, features, labels, final)
     writer.close()
     hash_after = encoder.check()
     if not is_main():

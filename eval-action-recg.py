@@ -96,7 +96,7 @@ def evaluate_fold(
     stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
     evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
-    failures, outcome = evaluation.Failures(args.allow_missing), {}
+    failures, outcome = evaluation.Failures(args.allow_missing, states), {}
     writer = MetricsWriter(folder, None if states else 0)
     for part in data.parts:
         stage(f"Fine-tuning, {part.name} classes")
@@ -162,14 +162,14 @@ def fine_tune(
 
     def save(epoch: int, step: int, warming: bool) -> None:
         training = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict()}
-        stored.save(part.name, epoch=epoch, step=step, warming=warming, **training)
+        stored.save(part.name, epoch=epoch, step=step, warming=warming, failures=failures.names, **training)
 
     torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
     start_epoch, start_step = 0, 0
     if state is not None:
         checkpoint.load_weights(model, state["model"], str(stored.file))
         precision.load_state_dict(state["scaler"])
-        start_epoch, start_step = state["epoch"], state["step"]
+        start_epoch, start_step = state["epoch"], state.get("step", 0)  # older ones were stored between epochs alone
     last_epoch = start_epoch if cfg["test_only"] else num_epochs
     if start_epoch < last_epoch:
         loader = build_fresh_clips(cfg, train, device)
@@ -243,7 +243,7 @@ def fine_tune(
     if not is_main():
         return None
     by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: outputs["logits"]}}
-    return Outcome(part.classes, part.test_labels[present], by_rate, random)
+    return Outcome(part.classes, part.test_labels[present], by_rate, random, (last_epoch, num_epochs))
 
 
 if __name__ == "__main__":

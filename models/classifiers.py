@@ -189,7 +189,10 @@ def unique_names(names: Sequence[str]) -> list[str]:
 def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> Tensor:
     if name not in embs:
         raise UserError(f"model.args: the backbone has no feature {name!r}; it has {', '.join(embs)}")
-    feature = pool(embs[name]).flatten(1)
+    try:
+        feature = pool(embs[name]).flatten(1)
+    except RuntimeError as error:  # its kernel is larger than the feature, say
+        raise UserError(f"model.args: {pool} of feature {name}, {tuple(embs[name].shape)}: {error}") from None
     if feature.shape[1] != width:
         raise UserError(f"model.args: feature {name} has {feature.shape[1]} values a clip, and the YAML says {width}")
     return feature

@@ -206,6 +206,45 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(cfgs, tmp_path):
     assert checkpoint.load(before)["parts"]["all"]["epoch"] == 1  # the damaged one did not take its place
 
 
+def test_a_bn_that_drifted_is_tested_as_it_was_and_parts_keep_their_own(cfgs, tmp_path):
+    rest = tmp_path / "rest.txt"
+    rest.write_text("HandstandPushups\n")
+    crop = {"dataset__crop_size": 64}
+    cfg, model = cfgs(encoder_bn="train", dataset__rest_classes=str(rest), dataset__train__drop_last=False, **crop)
+    arguments = (cfg, model, "--random-weights", "--use-rest-classes")
+    whole = evaluate(tmp_path, *arguments)
+    parts = checkpoint.load(next(tmp_path.glob("runs/**/checkpoint.pth.tar")))["parts"]
+    name = next(name for name in parts["seen"]["drift"] if name.endswith("running_mean"))
+    assert not torch.equal(parts["seen"]["drift"][name], parts["unseen"]["drift"][name])
+    for option in ("--test-only", "--resume"):
+        again = evaluate(tmp_path, *arguments, option)
+        assert again["results"] == whole["results"]
+        assert again["encoder"]["hash_after"] == whole["encoder"]["hash_after"]  # a test moves no statistics
+
+
+def test_clips_are_counted_as_asked_for_and_what_was_left_out_is_kept(cfgs, tmp_path, make_video):
+    root = tiny_evaluation.make_ucf(tmp_path / "ucf", make_video)
+    bad = next((root / "videos").rglob("*g01_c01.mp4"))
+    bad.write_text("no video")
+    cfg, model = cfgs(root=root, dataset__test__clips_per_video=5)  # while training; of the final test 4
+    arguments = (cfg, model, "--random-weights", "--allow-missing")
+    found = evaluate(tmp_path, *arguments)
+    assert found["results"]["pool"]["clips"] == 6 * 4 and found["results"]["pool"]["clips_in_video_mode"] == 6 * 3
+    assert list(found["unreadable"]) == [str(bad.relative_to(root))]
+    assert found["epochs"] == {"all": {"done": 2, "asked": 2}} and found["backbone"] == "R2Plus1d depth 10"
+    again = evaluate(tmp_path, *arguments, "--test-only")
+    assert again["results"] == found["results"] and again["unreadable"] == found["unreadable"]
+
+
+def test_two_processes_are_told_alike_what_a_cache_could_not_read(cfgs, tmp_path, make_video):
+    root = tiny_evaluation.make_ucf(tmp_path / "ucf", make_video)
+    next((root / "videos").rglob("*g05_c01.mp4")).write_text("no video")
+    cfg, model = cfgs(root=root, feature_views=1)
+    evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing")
+    error = tiny.run(cfg, model, "--random-weights", script=SCRIPT, ranks=2, status=2).stderr
+    assert "cannot be decoded" in error and "Traceback" not in error
+
+
 def test_foreign_checkpoints(cfgs, tmp_path):
     from models import build_model
     from utils.config import load_config
@@ -218,20 +257,21 @@ def test_foreign_checkpoints(cfgs, tmp_path):
     for ours, theirs in names.items():
         avid = {name.replace(f".{ours}", f".{theirs}"): value for name, value in avid.items()}
     states = {
-        "thesis": {"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 100},
+        "thesis\udce9": {"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 100},
         "avid": {"model": {f"module.{name}": value for name, value in avid.items()}, "epoch": 200},
         "torchvision": {"stem.0.weight": torch.ones(1), "layer1.0.conv1.0.0.weight": torch.ones(1)},
         "other": {"model": {"fc.weight": torch.ones(1)}},
     }
-    missing = dict(states["thesis"]["model"])
+    states["thesis\udce9"]["config"] = {"of": "its own"}
+    missing = dict(states["thesis\udce9"]["model"])
     missing.pop("module.video_model.conv4x.out_bn.bias")
     missing["module.video_model.conv1.0.weight"] = torch.ones(32, 3, 3, 7, 7)
     states["missing"] = {"model": missing}
     for name, state in states.items():
         torch.save({"train_criterion": {}, "optimizer": {}, **state} if "model" in state else state, tmp_path / name)
-    found = {name: evaluate(tmp_path, cfg, model, "--checkpoint", tmp_path / name) for name in ("thesis", "avid")}
-    assert found["thesis"]["results"] == found["avid"]["results"]
-    assert "the thesis' format after 100 epochs" in found["thesis"]["encoder"]["weights"]
+    found = {name: evaluate(tmp_path, cfg, model, "--checkpoint", tmp_path / name) for name in ("thesis\udce9", "avid")}
+    assert found["thesis\udce9"]["results"] == found["avid"]["results"]
+    assert "the thesis' format after 100 epochs" in found["thesis\udce9"]["encoder"]["weights"]
     assert "AVID-CMA" in found["avid"]["encoder"]["weights"]
     error = fail(cfg, model, "--checkpoint", tmp_path / "missing")
     assert "conv4x.out_bn.bias" in error and "conv1.0.weight is (32, 3, 3, 7, 7), expected (64, 3, 3, 7, 7)" in error
@@ -288,6 +328,7 @@ def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
         (("--set", "model.args.feat_names=[]"), ("feat_names", "one or more of conv1")),
         (("--set", "optimizer.lr.milestones=[-5, 30]"), ("milestones", "each above 0")),
         (("--set", "model.args.pooling_ops=[__import__('os').system('true')]"), ("AdaptiveMaxPool3d",)),
+        (("--set", "model.args.pooling_ops=['MaxPool3d((4, 14, 14))']"), ("MaxPool3d", "feature pool, (")),
         (("--set", "model.name=ClassificationWrapper", "--set", "model.args={}"), ("eval-action-recg.py",)),
         (("--set", "dataset.fold=2"), ("trainlist02.txt", "no such list")),
         (("--set", "dataset.test_dense.split=other"), ("test_dense.split: other", "testlist{fold:02d}")),

@@ -336,7 +336,7 @@ def recognise(state: Mapping, source: str) -> tuple[dict, str]:
         for prefix, ours in AVID_PREFIXES.items():
             weights = {name.replace(f".{prefix}", f".{ours}"): value for name, value in weights.items()}
         return weights, "AVID-CMA's checkpoint"
-    if "config" in state:
+    if "videos" in state:
         return weights, f"our checkpoint of {state['config']['model']['name']} after {state.get('epoch')} epochs"
     epoch = f" after {state['epoch']} epochs" if isinstance(state.get("epoch"), int) else ""
     return weights, f"a checkpoint in the thesis' format{epoch}"

@@ -7,6 +7,7 @@ for several methods, ratios and subsets.
 import csv
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,10 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
 
 
 class _Leaf(NamedTuple):
-    """The figures of one feature on one part of one evaluation. `method` is its name and its run's folder."""
+    """The figures of one feature on one part of one evaluation.
+
+    `method` is its name and its run's folder, or of random weights the backbone.
+    """
 
     of: tuple[str, str, str, str, float]
     method: tuple[str, str]
@@ -91,7 +95,7 @@ def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
     few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
     seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
     name = method_name(results)
-    method = name, "" if name == RANDOM else folder
+    method = name, results.get("backbone", "") if name == RANDOM else folder
     leaves = []
     for part in PARTS:
         by_feature = results["results"][part]
@@ -106,7 +110,7 @@ def method_name(results: Mapping) -> str:
     """What a line of the plot is called: the model, the checkpoint where it is not its own, and BN in training mode."""
     if results["encoder"]["weights"] == RANDOM:
         return RANDOM
-    other = [part for part in results["variant"].split("_") if part.startswith("checkpoint-")]
+    other = re.findall(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)", results["variant"])  # the file's name may have any form
     training_bn = ["encoder_bn: train"] if results["encoder"].get("bn") == "train" else []
     return " ".join([results["model"], *other, *training_bn])
 

@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +61,9 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
     parts = []
     if args.checkpoint:
         path = Path(args.checkpoint)
-        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
-        parts.append(f"checkpoint-{path.name.removesuffix('.tar').removesuffix('.pth')}-{digest}")
+        digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:6]
+        name = os.fsencode(path.name).decode(errors="replace")  # TensorBoard takes no folder that is no UTF-8
+        parts.append(f"checkpoint-{name.removesuffix('.tar').removesuffix('.pth')}-{digest}")
     if args.random_weights and not cfg["benchmark"]["name"].endswith("-random"):
         parts.append("random-weights")
     if args.few_shot_ratio is not None:
@@ -109,10 +112,15 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
 
 
 class Failures:
-    """Videos that could not be decoded: an error, or with `allow` a list for the result."""
+    """Videos that could not be decoded: an error, or with `allow` a list for the result.
 
-    def __init__(self, allow: bool) -> None:
+    Those of the stored `states`, which were trained without them, are in it from the first.
+    """
+
+    def __init__(self, allow: bool, states: Mapping[str, dict] | None = None) -> None:
         self.allow, self.names = allow, {}
+        for state in (states or {}).values():
+            self.names |= state.get("failures", {})
 
     def __call__(self, failures: list[tuple[str, str]]) -> None:
         """Note failures of all ranks; every rank must call it with the same.
@@ -242,6 +250,7 @@ def begin_fold(folder: Path, config: dict, anew: bool) -> None:
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:
     """What an evaluation is of, for its results."""
+    network = model_cfg["model"]["args"]
     return {
         "kind": kind,
         "benchmark": cfg["benchmark"]["name"],
@@ -249,6 +258,9 @@ def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, ki
         "fold": fold,
         "model": model_cfg["model"]["name"],
         "arch": model_cfg["model"]["arch"],
+        "backbone": " ".join(
+            [network["video_backbone"], *(f"{k} {v}" for k, v in network["video_backbone_args"].items())]
+        ),
         "variant": variant(args, cfg),
         "learning_rate": cfg["optimizer"]["lr"]["base_lr"],
         "made": provenance(),

@@ -92,11 +92,11 @@ def stored_clip_outputs(
     text = json.dumps({"version": VERSION, **meaning}, sort_keys=True, default=str)
     folder = Path(cache_dir) / "features" / hashlib.sha256(text.encode()).hexdigest()[:16]
     if broadcast_object(is_main() and (folder / "meaning.json").is_file()):
+        failures = broadcast_object(json.loads((folder / "failures.json").read_text()) if is_main() else None)
+        failed([tuple(failure) for failure in failures])
         if not is_main():
             return {}, np.zeros(num_videos, dtype=bool)
         log.info("features: read from %s", folder)
-        failures = json.loads((folder / "failures.json").read_text())
-        failed([tuple(failure) for failure in failures])
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
         return arrays, np.array(arrays.pop("readable"))
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

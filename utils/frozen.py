@@ -87,7 +87,8 @@ class FrozenEncoder:
         if not self.drifts:
             return {}
         weights = {name for name, _ in self.extractor.named_parameters()}
-        return {name: x.cpu() for name, x in self.extractor.state_dict().items() if name not in weights}
+        state = self.extractor.state_dict()
+        return {name: x.detach().cpu().clone() for name, x in state.items() if name not in weights}
 
     def hash_now(self) -> str:
         """SHA-256 of weights and BN statistics, 16 hexadecimal digits."""

@@ -116,12 +116,16 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
 
 @dataclass
 class Outcome:
-    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `random` at random times."""
+    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `random` at random times.
+
+    `epochs` are those that the classifier was trained for, and those that were asked for.
+    """
 
     classes: Sequence[str]
     labels: Tensor
     logits: Mapping[float, Mapping[str, Tensor]]
     random: int
+    epochs: tuple[int, int]
     neighbours: Mapping[str, Mapping[str, float]] | None = None
 
     def accuracies(self, logits: Tensor) -> dict[str, float]:
@@ -139,17 +143,21 @@ def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outco
     """
     rates: dict[str, dict] = {}
     for part, outcome in outcomes.items():
+        if outcome.epochs[0] < outcome.epochs[1]:
+            log.warning("%s: this classifier was trained for %d of %d epochs", part, *outcome.epochs)
         rates[part] = {
-            f"{rate:g}": {feature: outcome.accuracies(logits) for feature, logits in by_feature.items()}
+            repr(rate): {feature: outcome.accuracies(logits) for feature, logits in by_feature.items()}
             for rate, by_feature in outcome.logits.items()
         }
         for feature, logits in outcome.logits[facts["learning_rate"]].items():
             name = feature if part == "all" else f"{part}-{feature}"
             clips, even = logits[:, : outcome.random], logits[:, outcome.random :]
             write_classes(folder, name, outcome.classes, clips, even, outcome.labels)
-    base = {part: by_rate[f"{facts['learning_rate']:g}"] for part, by_rate in rates.items()}
+    base = {part: by_rate[repr(facts["learning_rate"])] for part, by_rate in rates.items()}
     near = {part: outcome.neighbours for part, outcome in outcomes.items() if outcome.neighbours}
     results = {"results": base.get("all", base), **facts, "learning_rates": rates, "neighbours": near.get("all", near)}
+    epochs = {part: outcome.epochs for part, outcome in outcomes.items()}
+    results["epochs"] = {part: {"done": done, "asked": asked} for part, (done, asked) in epochs.items()}
     write_json(folder / "results.json", results)
     for line in results_table(results).splitlines():
         log.info("%s", line)
@@ -261,13 +269,14 @@ def collect(folder: str | Path) -> list[dict]:
             results = json.loads(file.read_text())
             kind, dataset, benchmark, model, arch, variant = (results[name] for name in _PLAIN_FACTS)
             encoder_bn = results.get("encoder", {}).get("bn", "")
+            variant = " ".join(filter(None, [_random(results), variant, _unfinished(results)]))
             key = kind, dataset, benchmark, model, run_folder_of(file), arch, variant, encoder_bn
             leaves = list(_leaves(results))
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s: no result of this project; left out", file)
             continue
         for part, feature, rate, figures in leaves:
-            if rate == results["learning_rate"]:
+            if f"{rate:g}" == f"{results['learning_rate']:g}":
                 groups.setdefault((*key, part, feature), []).append(figures)
     if not groups:
         raise UserError(f"{folder}: no results.json below it; run an evaluation first")
@@ -276,6 +285,17 @@ def collect(folder: str | Path) -> list[dict]:
         row = dict(zip(COLLECTED, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
         rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in FIGURES})
     return rows
+
+
+def _random(results: Mapping) -> str:
+    """A word for random weights where the variant has none, since the benchmark's name ends in -random."""
+    random = results.get("encoder", {}).get("weights") == "random weights"
+    return "random" if random and "random-weights" not in results["variant"] else ""
+
+
+def _unfinished(results: Mapping) -> str:
+    """A word for a classifier that was tested before its training was over."""
+    return "unfinished" if any(e["done"] < e["asked"] for e in results.get("epochs", {}).values()) else ""
 
 
 _PLAIN_FACTS = ("kind", "dataset", "benchmark", "model", "arch", "variant")
@@ -311,7 +331,7 @@ def tell_apart(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 def thesis_figures(row: Mapping) -> tuple[float, float] | None:
     """The thesis' top-1 and top-5 of what a row of `collect` measured, if that is a plain result of its methods."""
     method = METHODS.get(row["arch"])
-    if row["variant"] or row["part"] != "all" or row["benchmark"].endswith("-random"):
+    if row["variant"] or row["part"] != "all" or row["benchmark"].endswith("-random") or row["feature"] != "pool":
         return None
     return THESIS.get((row["kind"], row["dataset"], method))
 
@@ -326,9 +346,8 @@ def summary(rows: Sequence[Mapping], form: str) -> str:
         figures = [f"{row[f]['mean']:.2f}" + (f" +-{row[f]['std']:.2f}" if several else "") for f in FIGURES]
         thesis = [f"{value:.2f}" for value in thesis_figures(row) or ()] or ["", ""]
         kind, dataset, benchmark, part, feature = (row[n] for n in ("kind", "dataset", "benchmark", "part", "feature"))
-        random = "random" if benchmark.endswith("-random") else ""
         encoder_bn = "encoder_bn: train" if row["encoder_bn"] == "train" else ""
-        variant = " ".join(filter(None, [random, row["variant"], encoder_bn]))
+        variant = " ".join(filter(None, [row["variant"], encoder_bn]))
         names = [kind, dataset, benchmark, models[row["model"], row["folder"]], variant, part, feature]
         table.append([*names, str(row["folds"]), str(row["videos"]), *figures, *thesis])
     if form == "csv":

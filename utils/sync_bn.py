@@ -138,7 +138,7 @@ def share_bn(model: nn.Module) -> nn.Module:
                 shared.load_state_dict(bn.state_dict())
                 if bn.affine:
                     shared.weight, shared.bias = bn.weight, bn.bias
-                setattr(parent, name, shared.to(bn.running_mean))
+                setattr(parent, name, shared.to(bn.running_mean).train(bn.training))
     return model
 
 

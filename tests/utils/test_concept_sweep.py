@@ -17,10 +17,22 @@ from utils.results import FIGURES
 
 
 def write_result(
-    root, model="xid", ratio=None, seed=42, top1=50.0, fold=1, weights="our checkpoint of xid", bn="eval", name="b"
+    root,
+    model="xid",
+    ratio=None,
+    seed=42,
+    top1=50.0,
+    fold=1,
+    weights="our checkpoint of xid",
+    bn="eval",
+    name="b",
+    variant="rest-classes",
+    backbone="R2Plus1d depth 18",
 ):
     """A `results.json` as the linear script writes it, with seen concepts 10 points above unseen ones."""
-    folder = root / model / f"eval-{name}/fold-{fold:02d}/{ratio}-{seed}-{weights == concepts.RANDOM}"
+    folder = (
+        root / model / f"eval-{name}/fold-{fold:02d}/{ratio}-{seed}-{weights == concepts.RANDOM}-{variant}-{backbone}"
+    )
     folder.mkdir(parents=True)
     parts = {
         part: {"pool": dict.fromkeys(FIGURES, top1 + more) | {"clips": 40, "videos": 8}}
@@ -32,7 +44,8 @@ def write_result(
         "dataset": "ucf101",
         "benchmark": name,
         "model": model,
-        "variant": "rest-classes",
+        "variant": variant,
+        "backbone": backbone,
         "encoder": {"weights": weights, "bn": bn},
         "few_shot": ratio and {"ratio": ratio, "seed": seed, "videos": []},
         "recipe": {"seed": 0, "parts": {"unseen": ["a", "b"], "seen": ["c", "d", "e"]}},
@@ -73,6 +86,20 @@ def test_random_weights_are_a_method_of_their_own(tmp_path):
     write_result(tmp_path, weights=concepts.RANDOM, top1=20.0)
     rows = concepts.collect_concepts([tmp_path])
     assert {row["method"] for row in rows} == {"xid", concepts.RANDOM}
+
+
+def test_checkpoints_and_random_backbones_are_methods_of_their_own(tmp_path):
+    for name, top1 in (("vgg_ep50-90a0ca", 90.0), ("vgg_ep100-0b1c2d", 10.0)):
+        write_result(tmp_path, variant=f"checkpoint-{name}_few-shot-0.5_rest-classes", top1=top1)
+    for depth, top1 in ((10, 20.0), (18, 30.0)):
+        write_result(tmp_path, weights=concepts.RANDOM, backbone=f"R2Plus1d depth {depth}", top1=top1)
+    rows = concepts.collect_concepts([tmp_path])
+    assert {row["method"]: row["Video@1 mean"] for row in rows if row["part"] == "unseen"} == {
+        "xid checkpoint-vgg_ep50-90a0ca": 90.0,
+        "xid checkpoint-vgg_ep100-0b1c2d": 10.0,
+        "random weights (R2Plus1d depth 10)": 20.0,
+        "random weights (R2Plus1d depth 18)": 30.0,
+    }
 
 
 def test_runs_of_one_name_are_methods_of_their_own(tmp_path):

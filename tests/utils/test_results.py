@@ -43,12 +43,12 @@ def test_accuracies_are_those_of_the_definition():
     assert evaluation.top_share(torch.full((3, 4), torch.nan), torch.tensor([0, 1, 2]), 1) == 0
 
 
-def outcome(classes=3, seed=0):
+def outcome(classes=3, seed=0, rate=1e-4, epochs=(50, 50)):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(classes).repeat(4)
     names = [f"class {i}" for i in range(classes)]
     return results.Outcome(
-        names, labels, {1e-4: {"pool": torch.randn(4 * classes, 6, classes, generator=generator)}}, 4
+        names, labels, {rate: {"pool": torch.randn(4 * classes, 6, classes, generator=generator)}}, 4, epochs
     )
 
 
@@ -97,7 +97,8 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
     table = list(csv.DictReader(io.StringIO(results.summary(rows, "csv"))))
     assert [row["thesis top-1"] for row in table] == ["", "", "51.20"] and table[2]["folds"] == "3"
     assert results.thesis_figures(rows[2]) == (51.20, 80.91)
-    for other in ({"benchmark": "ucf101-linear-8at16-random"}, {"variant": "few-shot-0.1"}, {"part": "unseen"}):
+    others = {"benchmark": "ucf101-linear-8at16-random"}, {"variant": "few-shot-0.1"}, {"part": "unseen"}
+    for other in (*others, {"feature": "conv4x"}):
         assert results.thesis_figures(rows[2] | other) is None
     command = [sys.executable, "-m", "utils.report", str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPO, env=tiny.ENV)
@@ -129,6 +130,18 @@ def test_the_table_tells_what_bn_did(tmp_path):
         results.finish_evaluation(folder, facts(fold, encoder={"bn": mode}), {"all": outcome()})
     table = list(csv.DictReader(io.StringIO(results.summary(results.collect(tmp_path), "csv"))))
     assert [(row["variant"], row["folds"]) for row in table] == [("", "1"), ("encoder_bn: train", "1")]
+
+
+def test_the_table_tells_what_is_unfinished_and_what_is_random(tmp_path, caplog):
+    rate, kinds = 10**-2.5, {"a": {"epochs": (50, 50)}, "b": {"epochs": (12, 50)}}
+    for name, options in kinds.items():
+        (tmp_path / name).mkdir()
+        weights = {"weights": "random weights" if name == "a" else "ours", "bn": "eval"}
+        about = facts(1, benchmark=f"{name}-random", learning_rate=rate, encoder=weights)
+        results.finish_evaluation(tmp_path / name, about, {"all": outcome(rate=rate, **options)})
+    assert "trained for 12 of 50 epochs" in caplog.text
+    table = list(csv.DictReader(io.StringIO(results.summary(results.collect(tmp_path), "csv"))))
+    assert [row["variant"] for row in table] == ["random", "unfinished"]
 
 
 @pytest.mark.parametrize("options", [("--form", "csv", "{}"), ("{}", "--form=csv"), ("results", "{}", "--form", "csv")])
