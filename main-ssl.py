@@ -79,7 +79,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     torch.manual_seed(cfg["seed"])
     model = build_model(cfg["model"]).to(device)
     share_head_bn(model)
-    check_shares(model, batches)
+    check_shares(model, batches, clips.recipe.clip_shape)
     log.info("%s", parameter_summary(model))
     rows = bank_rows(cfg, len(videos))
     criterion = build_criterion(cfg["loss"], rows, model.out_dim, device, num_epochs, cfg["seed"])
@@ -107,7 +107,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
         )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    monitor = Monitor(cfg, model, prepare, lambda: build_held_out(cfg, device), precision)
+    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(build_held_out(cfg, device), alone=True), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return

@@ -89,7 +89,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
     torch.manual_seed(cfg["seed"])
     model = synchronise_bn(build_model(cfg["model"]).to(device), device, cfg["compile"])
-    check_shares(model, batches)
+    check_shares(model, batches, clips.recipe.clip_shape)
     log.info("%s", parameter_summary(model))
     criterion = build_criterion(cfg["loss"], device=device)
     log.info("%s", criterion)
@@ -117,7 +117,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
             )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    monitor = Monitor(cfg, model, prepare, lambda: build_held_out(cfg, device), precision)
+    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(build_held_out(cfg, device), alone=True), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return

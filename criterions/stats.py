@@ -7,9 +7,12 @@ import torch
 def spread(unit: torch.Tensor) -> torch.Tensor:
     """How widely unit rows `(N, D)` lie: 0 where all are the same (collapse), near 1 where uniform on the sphere.
 
-    It is the mean over dimensions of the standard deviation over rows, times sqrt(D); a 0-dim tensor.
+    It is the mean over dimensions of the standard deviation (N - 1) over rows, times sqrt(D); a 0-dim tensor. NaN of a
+    single row, which tells nothing.
     """
-    return unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+    if len(unit) < 2:
+        return unit.new_full((), torch.nan)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ class R2Plus1d(nn.Module):
     is 10, 18 or 34; depth 10 has one block a stage, with no index in its names. Raises `UserError` for another depth.
     """
 
+    strides = (8, 32, 32)  # of time, height and width, up to the last stage
+
     def __init__(self, depth: int = 18) -> None:
         super().__init__()
         if depth not in list(BLOCKS_PER_STAGE):

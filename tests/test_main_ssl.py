@@ -13,6 +13,7 @@ import torch
 
 from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
+from utils.distributed import _free_port
 
 
 @pytest.fixture
@@ -129,6 +130,39 @@ def test_two_processes_by_every_launcher(config):
     ended = first.wait()
     assert "2 processes" in ended.stdout and ended.returncode == 0
     assert differences(final(config.folder("nodes")), final(config.folder("torchrun"))) == []
+
+
+def test_nodes_that_find_different_checkpoints_say_so(config, tmp_path):
+    """As where each node writes to a disk of its own: one goes on, the other one would begin."""
+    file = config("apart", optimizer__num_epochs=1, optimizer__lr__milestones=[])
+    shared = ("--world-size", 2, "--dist-url", f"tcp://127.0.0.1:{_free_port()}", "--distributed", "--nproc", 1)
+    for status in (0, 2):
+        first = Started(file, *shared, "--rank", 0)
+        elsewhere = ("--set", f"model.model_dir={tmp_path / 'elsewhere'}") if status else ()
+        error = run(file, *shared, "--rank", 1, *elsewhere, status=status).stderr
+        assert first.wait().returncode == status
+    assert "ranks found different checkpoints (rank 0: epoch 1, step 0, rank 1: none)" in error
+
+
+def test_one_clip_a_forward_pass_needs_more_than_one_place(config):
+    """The backbone's last BN would have a single value of each channel, in an epoch's last step alone, say."""
+    small = {"dataset__batch_size": 3, "dataset__train__drop_last": False}  # 16 clips: the last batch is of one
+    error = run(config("small", **small), status=2).stderr
+    assert error.startswith("error: dataset.batch_size: a forward pass would be of one clip, and the video backbone's")
+    run(config("larger", **small, dataset__crop_size=48, optimizer__num_epochs=1, optimizer__lr__milestones=[]))
+
+
+def test_measuring_ends_when_asked_to(config):
+    run(config("whole"))
+    measure = ("--set", "test_only=true", "--set", "dataset.test.clips_per_video=3000")
+    started = Started(config("whole"), *measure)
+    told = config.folder("whole") / "train.log"
+    before = told.read_text().count("---- Model")
+    wait_until(lambda: told.read_text().count("---- Model") > before)
+    time.sleep(1)
+    started.signal(signal.SIGTERM)
+    ended = started.wait(60)
+    assert ended.returncode == 75 and "preempted: stopped by SIGTERM; run it again" in ended.stderr
 
 
 CLIP_BY_CLIP = """

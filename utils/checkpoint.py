@@ -10,15 +10,15 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from utils.config import flatten
-from utils.distributed import any_rank, is_main, world_size
+from utils.distributed import any_rank, gather_objects, is_main, world_size
 from utils.errors import UserError, lost_worker
 
 log = logging.getLogger("avssrl")
@@ -26,6 +26,7 @@ log = logging.getLogger("avssrl")
 LATEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint-previous.pth.tar"
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
 AVID_PREFIXES = {"spt_": "spatial_", "tmp_": "temporal_"}  # AVID-CMA's names of layers in a block, and ours
+State = TypeVar("State")
 
 
 FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go on under other values
@@ -68,10 +69,15 @@ class RunCheckpoints:
     def latest(self) -> dict | None:
         """The state to go on from, or with `test_only` to measure; None for a new run, or one with `resume: false`.
 
+        Every rank must call it, and finds the same.
+
         Raises:
             UserError: it was made under another configuration or on other videos, is damaged, or is to be measured and
-                is not there.
+                is not there; or the ranks found different ones.
         """
+        return agreed(self.folder, self._latest, lambda state: f"epoch {state['epoch']}, step {state['step']}")
+
+    def _latest(self) -> dict | None:
         if not (self.config["resume"] or self.config["test_only"]):
             return None
         found = load_latest(self.folder)
@@ -155,6 +161,27 @@ class RunCheckpoints:
                 load_weights(part, state[name], f"{self.folder / LATEST} ({name})")
             else:
                 part.load_state_dict(state[name])
+
+
+def agreed(folder: Path, find: Callable[[], State], place: Callable[[State], str]) -> State:
+    """What `find` answers, where every rank finds a state of the same `place`, or none.
+
+    Raises:
+        UserError: on every rank, where `find` raised it on one, or places differ.
+    """
+    state, mistake, own = None, None, "none"
+    try:
+        if state := find():
+            own = place(state)
+    except UserError as error:
+        mistake = str(error)
+    found = gather_objects((mistake, own))
+    if mistakes := [mistake for mistake, _ in found if mistake]:
+        raise UserError(mistakes[0])
+    if len({own for _, own in found}) > 1:
+        told = _few([f"rank {number}: {own}" for number, (_, own) in enumerate(found)], 8)
+        raise UserError(f"{folder}: ranks found different checkpoints ({told}); it must be one folder for all nodes")
+    return state
 
 
 def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos: str) -> None:

@@ -52,6 +52,15 @@ def _positive(kind: type, default: Any = REQUIRED, nullable: bool = False) -> Ke
     return Key(kind, default, nullable=nullable, check=lambda v: v > 0, allowed="above 0")
 
 
+def _seconds(default: Any = REQUIRED) -> Key:
+    """The duration of a clip."""
+    return Key(float, default, check=lambda v: 0 < v <= 3600, allowed="above 0, at most 3600")
+
+
+def _seed(default: int) -> Key:
+    return Key(int, default, check=lambda v: 0 <= v < 2**63, allowed="from 0 to 2**63 - 1")
+
+
 def _at_least_0(kind: type, default: Any = REQUIRED, nullable: bool = False) -> Key:
     return Key(kind, default, nullable=nullable, check=lambda v: v >= 0, allowed="0 or above")
 
@@ -100,7 +109,7 @@ DATASET = {
     "name": _one_of("vggsound", "ucf101", "folder", "demo"),
     "root": _text(None, nullable=True),
     "batch_size": _positive(int),  # in total, over all processes
-    "video_clip_duration": _positive(float),  # seconds
+    "video_clip_duration": _seconds(),
     "video_fps": _positive(float),  # Hz
     "crop_size": _positive(int),  # pixels
     "frame_size": _positive(int, None, nullable=True),  # pixels; null: 8/7 of crop_size, which is 256 for 224
@@ -121,7 +130,7 @@ DATASET = {
 }
 
 AUDIO = {
-    "audio_clip_duration": _positive(float, 2.0),  # seconds
+    "audio_clip_duration": _seconds(2.0),
     "audio_srate": _positive(int, 16000),  # Hz
     "spec_params": {
         "n_fft": _positive(int, 512),
@@ -208,7 +217,7 @@ LOSS_ARGS = {
 PRETRAINING = {
     "resume": _flag(True),
     "test_only": _flag(False),
-    "seed": _at_least_0(int, 0),
+    "seed": _seed(0),
     "num_workers": _at_least_0(int, 8),  # in total, over this node's processes
     "test_freq": _positive(int, 1),  # save every so many epochs
     "print_freq": _positive(int, 100),  # steps
@@ -284,7 +293,7 @@ EVALUATION = {
     "resume": _flag(False),
     "encoder_bn": _one_of("eval", "train", default="eval"),  # linear; train: as the thesis' script in fact did
     "feature_views": _at_least_0(int, 0),  # linear: views of each training video, made once; 0: fresh ones every epoch
-    "few_shot_seed": _at_least_0(int, 42),
+    "few_shot_seed": _seed(42),
     "benchmark": {"name": _text()},
     "dataset": {
         **{

@@ -195,8 +195,12 @@ class StoredClassifier:
         """The stored states by part, on every rank; empty where new classifiers are to be trained.
 
         Raises:
-            UserError: it was made from something else, or `test_only` finds none.
+            UserError: it was made from something else, `test_only` finds none, or the ranks found different ones.
         """
+        self._parts = checkpoint.agreed(self.folder, self._load, _places)
+        return self._parts
+
+    def _load(self) -> dict[str, dict]:
         if not (self.cfg["resume"] or self.cfg["test_only"]):
             return {}
         found = checkpoint.load_latest(self.folder)
@@ -220,11 +224,11 @@ class StoredClassifier:
                     "anew without --resume and with --set resume=false"
                 )
         log.info("going on from %s", path)
-        self._parts = state["parts"]
-        missing = [part for part in self.prints["recipe"]["parts"] if part not in self._parts]
+        parts = state["parts"]
+        missing = [part for part in self.prints["recipe"]["parts"] if part not in parts]
         if self.cfg["test_only"] and missing:
             raise UserError(f"{path}: no classifier for the {missing[0]} classes yet; train it without --test-only")
-        return self._parts
+        return parts
 
     def save(self, part: str, **state: object) -> None:
         """Rank 0 keeps the state of a part beside those of the others."""
@@ -233,6 +237,11 @@ class StoredClassifier:
             state = {**self.prints, "parts": self._parts}
             checkpoint.save(self.folder, state, latest_damaged=self._latest_damaged)
             self._latest_damaged = False
+
+
+def _places(parts: Mapping[str, dict]) -> str:
+    """Where the training of each part had come to."""
+    return ", ".join(f"{part} epoch {state['epoch']}, step {state.get('step', 0)}" for part, state in parts.items())
 
 
 def begin_fold(folder: Path, config: dict, anew: bool) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from utils.distributed import is_main
+from utils.errors import Preempted
 from utils.logger import MetricsWriter, log, percentages
 from utils.precision import Precision
 from utils.retrieval import embed, held_out_figures
@@ -41,8 +42,16 @@ class Monitor:
         return figures
 
     def record(self, writer: MetricsWriter, epoch: int, step: int) -> None:
-        """Measure after so many epochs, which are `step` steps of the run, if it is due and the metrics lack it."""
+        """Measure after so many epochs, which are `step` steps of the run, if it is due and the metrics lack it.
+
+        A run that is asked to stop meanwhile is not measured: it saves and ends at its next step.
+        """
         every = self.cfg["monitor_every"]
         due = every and (epoch % every == 0 or epoch == self.cfg["optimizer"]["num_epochs"])
         if due and not writer.wrote("retrieval", step):
-            writer.write("retrieval", step, {"epoch": epoch, **self.measure(epoch)})
+            try:
+                figures = self.measure(epoch)
+            except Preempted as error:
+                log.warning("held out, after %d epochs: left out, %s", epoch, error)
+                return
+            writer.write("retrieval", step, {"epoch": epoch, **figures})

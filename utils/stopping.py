@@ -38,14 +38,19 @@ class StopSignal:
         """Whether any rank was asked to stop; every rank must call it. Talks from host to host, not to the device."""
         return any_rank(self._name is not None)
 
-    def watch(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """These batches, as many on every rank, until a rank is asked to stop: for work whose progress is not saved.
+    def watch(self, batches: Iterable[dict], alone: bool = False) -> Iterator[dict]:
+        """These batches, until a rank is asked to stop: for work whose progress is not saved.
+
+        Args:
+            alone: no other rank goes through them now; else every rank must, and have as many.
 
         Raises:
-            Preempted: one was.
+            Preempted: one was, or with `alone` this one.
         """
         for batch in batches:
-            if self.on_any_rank():
+            if alone and self._name:
+                raise self._preempted()
+            if not alone and self.on_any_rank():
                 self.leave()
             yield batch
 
@@ -56,8 +61,10 @@ class StopSignal:
             Preempted: always.
         """
         barrier()
-        saved = f", saved at {place}" if place else ""
-        raise Preempted(f"stopped by {self._name or 'a signal to another rank'}{saved}; {self.again} to go on")
+        raise self._preempted(f", saved at {place}" if place else "")
+
+    def _preempted(self, saved: str = "") -> Preempted:
+        return Preempted(f"stopped by {self._name or 'a signal to another rank'}{saved}; {self.again} to go on")
 
 
 class NonFiniteGuard:

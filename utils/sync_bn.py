@@ -1,6 +1,7 @@
 """BN over the batches of all processes, on any device: PyTorch's own needs GPUs and a sample on every rank."""
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,17 +154,25 @@ def share_head_bn(model: nn.Module) -> None:
         share_bn(model.audio_proj)
 
 
-def check_shares(model: nn.Module, batches: "EpochBatches") -> None:
-    """Raise UserError where a head's BN, which is over single vectors, would get one of them, which has no variance."""
+def check_shares(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[int, ...]) -> None:
+    """Raise UserError where a BN would get a single value of each channel, which has no variance.
+
+    Those of heads are over single vectors, those at the end of a backbone over what its strides leave of a clip,
+    `clip_shape` (T, H, W, 3).
+    """
     smallest = min(batches.sizes) // (batches.parts * batches.world_size)
     if smallest > 1:
         return
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm1d):
-            raise UserError(
-                f"dataset.batch_size: a forward pass would be of one clip, and {name} is a BN, which needs more; raise "
-                "it, lower accumulate or run fewer processes; dataset.train.drop_last: true leaves out a small last one"
-            )
+    strides = getattr(model.video_model, "strides", ())
+    places = math.prod(-(-size // stride) for size, stride in zip(clip_shape, strides, strict=False))
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d)]
+    if strides and places == 1:
+        found.append("the video backbone's last, for clips so small,")
+    if found:
+        raise UserError(
+            f"dataset.batch_size: a forward pass would be of one clip, and {found[0]} is a BN, which needs more; raise "
+            "it, lower accumulate or run fewer processes; dataset.train.drop_last: true leaves out a small last one"
+        )
 
 
 def count_rank(model: nn.Module, counted: bool) -> None:

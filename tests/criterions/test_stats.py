@@ -27,6 +27,13 @@ def test_a_spread_out_line_has_one_dimension():
     assert effective_dims(F.normalize(rows(2000, 16), dim=1)).item() == pytest.approx(16, rel=0.02)
 
 
+@pytest.mark.parametrize("n", [2, 4, 32])
+def test_the_spread_of_random_rows_is_1_in_small_batches_too(n):
+    drawn = [spread(F.normalize(torch.randn(n, 128), dim=1)) for _ in range(50)]
+    assert torch.stack(drawn).mean().item() == pytest.approx(1, abs=0.25)
+    assert spread(torch.full((n, 4), 0.5)) == 0 and spread(torch.ones(1, 4) / 2).isnan()
+
+
 def test_a_point_has_none():
     assert effective_dims(torch.full((8, 4), 0.5)).item() == 0
     assert effective_dims(torch.ones(1, 4) / 2).item() == 0

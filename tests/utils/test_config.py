@@ -80,6 +80,8 @@ def test_a_ramp_is_two_epochs_in_order(ramp):
         ("dataset.batch_size=many", ["dataset.batch_size", "a whole number", "'many'"]),
         ("dataset.batch_size=true", ["dataset.batch_size", "a whole number", "True"]),
         ("dataset.batch_size=0", ["dataset.batch_size", "above 0", "found 0"]),
+        ("seed=99999999999999999999", ["seed", "from 0 to 2**63 - 1", "found 99999999999999999999"]),
+        ("dataset.video_clip_duration=1e308", ["dataset.video_clip_duration", "at most 3600", "found '1e308'"]),
         ("dataset.batch_size=2.5", ["dataset.batch_size", "2.5"]),
         ("loss.name=XID", ["loss.name", "xID, VICLoss"]),
         ("loss.name=xid2", ["loss.name", "xID"]),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from utils.errors import Preempted
+from utils.logger import MetricsWriter
 from utils.monitor import Monitor
 from utils.precision import Precision
 
@@ -42,3 +44,16 @@ def test_bf16_is_for_the_forward_pass_alone():
     assert 10 < (better < 1).sum() < 90  # neither hopeless nor trivial
     for k in (1, 5, 10):
         assert found[f"v2a_R@{k}"] == pytest.approx((100 * (better < k)).double().mean().item())
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_to_its_next_step(tmp_path, caplog):
+    def stopped():
+        raise Preempted("stopped by SIGTERM; run it again to go on")
+        yield
+
+    cfg, device = {"monitor_every": 1, "optimizer": {"num_epochs": 3}}, torch.device("cpu")
+    writer, model = MetricsWriter(tmp_path), Same()
+    Monitor(cfg, model, None, stopped, Precision("fp32", device)).record(writer, 1, 10)
+    writer.close()
+    assert not (tmp_path / "metrics.jsonl").exists() and "left out, stopped by SIGTERM" in caplog.text
+    assert model.training
