@@ -15,7 +15,6 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,7 +34,6 @@ from utils.errors import UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
 from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run
-from utils.optim import learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
 from utils.stopping import StopSignal
@@ -128,7 +126,7 @@ def evaluate_fold(
             clock, history = StepClock(), []
             for step, (features, labels, progress) in enumerate(batches):
                 features, labels = {k: x.to(device) for k, x in features.items()}, labels.to(device)
-                history.append(train_step(probe, features, labels, epoch, progress))
+                history.append(probe.step(features, labels, epoch, progress))
                 clock.count(len(labels))
                 if fresh is not None and (step + 1) % cfg["print_freq"] == 0:
                     place = f"epoch {epoch + 1}/{num_epochs} step {step + 1}/{len(fresh)}"
@@ -168,22 +166,6 @@ def evaluate_fold(
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)
-
-
-def train_step(
-    probe: LinearProbe, features: dict[str, Tensor], labels: Tensor, epoch: int, progress: float
-) -> dict[str, Tensor]:
-    """One step of each classifier on features (N, D) by name and labels (N,); their losses."""
-    losses = {}
-    for rate, head in probe.heads.items():
-        head.train()
-        by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
-        set_learning_rate(probe.optimizers[rate], learning_rate(probe.recipes[rate], epoch, progress))
-        probe.optimizers[rate].zero_grad()
-        sum(by_feature.values()).backward()
-        probe.optimizers[rate].step()
-        losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
-    return losses
 
 
 def clip_features(

@@ -27,7 +27,7 @@ from models import build_model
 from models.classifiers import ClassificationWrapper, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
-from utils.compiling import compiles
+from utils.compiling import compiles, for_batch
 from utils.distributed import gather_objects, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
 from utils.features import ClipOutputs, clip_outputs, rows_of
@@ -201,13 +201,13 @@ def fine_tune(
             count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
             keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # the whole batch's, on every rank
             keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
-            whole = size == batches.size(0)  # a smaller rest is not compiled anew
-            with torch.compiler.set_stance("default" if whole else "force_eager"):
+            with for_batch(whole=has_clips and size == batches.size(0)):
                 if has_clips:
                     own = batch["position"] - step * batches.batch_size
                     loss = F.cross_entropy(classify(batch, keep[own]), labels[batch["index"]], reduction="sum")
                 else:
-                    loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
+                    with precision.autocast():
+                        loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
             loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
             precision.backward(loss)
             precision.gradient_norm(optimizer)

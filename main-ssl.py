@@ -21,7 +21,7 @@ from models import build_model
 from utils.bad_videos import BadVideos
 from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
-from utils.compiling import compiles
+from utils.compiling import compiles, for_batch
 from utils.config import load_config
 from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
@@ -118,15 +118,18 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
     def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The embeddings of a batch, (N, D) each."""
-        video, audio = prepare(batch)
-        with precision.autocast():
-            return net(video, audio)
+        with for_batch(whole=len(batch["index"]) == batches.share):
+            video, audio = prepare(batch)
+            with precision.autocast():
+                return net(video, audio)
 
     stage("Training")
     writer = MetricsWriter(folder, start_epoch * batches.steps + start_step)
     training_log = TrainingLog(writer, num_epochs, batches.steps, cfg["dataset"]["batch_size"])
     if start_step == 0:
         monitor.record(writer, start_epoch, start_epoch * batches.steps)
+        if stop.on_any_rank():
+            stop.leave()
     averages, clock = Averages(), StepClock()
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
@@ -178,10 +181,16 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 clock.restart()
 
         start_step, done = 0, epoch + 1
-        if checkpoints.due_after(done):
+        saved = checkpoints.due_after(done)
+        if saved:
             criterion.assemble()
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
         monitor.record(writer, done, done * batches.steps)
+        if stop.on_any_rank():
+            if not saved:
+                criterion.assemble()
+                checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
+            stop.leave(f"epoch {done}")
 
     writer.close()
     log.info("%d epochs done; the model is in %s", num_epochs, checkpoints.file)

@@ -89,10 +89,11 @@ def transcode(
 def inspect(source: str | os.PathLike) -> Facts:
     """The facts on a file as it is, by decoding all of it; DecodeError where that cannot be done."""
     with VideoFile(source) as file:
-        info, motion, times, held = file.info.video, _Motion(), [], 0.0
+        info, motion, times, end = file.info.video, _Motion(), [], -math.inf
         for time, frame in file.frames():
             times.append(motion.see(time, frame))
-            held = _held(frame)
+            end = max(end, time + _held(frame))
+        held = end - times[-1] if times else 0.0
         waveform, audio = _sound(file)
         return _facts(file, times, held, (info.width, info.height), waveform, audio, motion, 0.0)
 
@@ -140,9 +141,9 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
             times.append(tick / CLOCK)
             last_tick, held = tick, 1 / fps if fps else _held(frame)
         rest = video.encode(None)
-        if held:
-            last = max(rest, key=lambda packet: packet.pts)
-            last.duration = round(held / last.time_base)
+        if held:  # by the last packet, whichever picture is in it: of the others the muxer takes what follows
+            end = max(packet.pts for packet in rest) + round(held / rest[-1].time_base)
+            rest[-1].duration = end - rest[-1].pts
         out.mux(rest)
         if track is not None:
             _write_audio(out, track, waveform, round((audio_start - shift) * SAMPLE_RATE))

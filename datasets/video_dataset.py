@@ -351,6 +351,11 @@ class EpochBatches(Sampler):
         """Global batches in an epoch."""
         return len(self.sizes)
 
+    @property
+    def share(self) -> int:
+        """Clips of a rank in a part of a whole batch; a short last one has fewer."""
+        return self.sizes[0] // (self.parts * self.world_size)
+
     def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
         """Let the next pass be of so many epochs, from this step of this one on.
 

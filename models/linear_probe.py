@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.classifiers import MOSTWrapper
 from utils.checkpoint import load_weights
-from utils.optim import build_optimizer
+from utils.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 class LinearProbe:
@@ -32,6 +33,22 @@ class LinearProbe:
             self.heads[rate] = MOSTWrapper(names, n_classes, **options).to(device)
             self.recipes[rate] = {**optimizer, "lr": {**optimizer["lr"], "base_lr": rate}}
             self.optimizers[rate] = build_optimizer(self.recipes[rate], self.heads[rate])
+
+    def step(self, features: Mapping[str, Tensor], labels: Tensor, epoch: int, progress: float) -> dict[str, Tensor]:
+        """One step of each classifier on features (N, D) by name and labels (N,); their losses.
+
+        `progress` says how much of the epoch, 0 to 1, went before.
+        """
+        losses = {}
+        for rate, head in self.heads.items():
+            head.train()
+            by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
+            set_learning_rate(self.optimizers[rate], learning_rate(self.recipes[rate], epoch, progress))
+            self.optimizers[rate].zero_grad()
+            sum(by_feature.values()).backward()
+            self.optimizers[rate].step()
+            losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
+        return losses
 
     def state_dict(self) -> dict:
         """Plain data for a checkpoint."""

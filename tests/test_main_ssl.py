@@ -154,7 +154,7 @@ def test_one_clip_a_forward_pass_needs_more_than_one_place(config):
 
 def test_measuring_ends_when_asked_to(config):
     run(config("whole"))
-    measure = ("--set", "test_only=true", "--set", "dataset.test.clips_per_video=3000")
+    measure = ("--set", "test_only=true", "--set", "dataset.test.clips_per_video=800")
     started = Started(config("whole"), *measure)
     told = config.folder("whole") / "train.log"
     before = told.read_text().count("---- Model")
@@ -163,6 +163,24 @@ def test_measuring_ends_when_asked_to(config):
     started.signal(signal.SIGTERM)
     ended = started.wait(60)
     assert ended.returncode == 75 and "preempted: stopped by SIGTERM; run it again" in ended.stderr
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_signal_while_it_is_measured_costs_no_measurement(config, epochs):
+    """In between, where nothing was saved, and at the very end."""
+    file, folder = config("mon", monitor_every=1, test_freq=5), config.folder("mon")
+    started, told = Started(file, "--set", "dataset.test.clips_per_video=300"), folder / "metrics.jsonl"
+    wait_until(lambda: told.exists() and f'"step": {4 * epochs},' in told.read_text())  # its measurement begins
+    time.sleep(0.5)
+    started.signal(signal.SIGTERM)
+    ended = started.wait(60)
+    assert ended.returncode == 75, ended.stdout + ended.stderr
+    assert f"held out, after {epochs} epochs: left out" in ended.stderr + ended.stdout
+    assert f"saved at epoch {epochs};" in ended.stderr
+    run(file)
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [row["epoch"] for row in rows if row["group"] == "retrieval"] == [0, 1, 2]
+    assert [row["step"] for row in rows if row["group"] == "train"] == list(range(1, 9))
 
 
 CLIP_BY_CLIP = """

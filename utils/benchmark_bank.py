@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(left_out))
     if args.json:
         write_json(args.json, {**vars(args), **machine(device), "rows": rows, "left_out": left_out})
-    if args.png:
+    if args.png and rows:
         _draw(args, rows, machine(device)["device"])
 
 

@@ -175,9 +175,7 @@ def measure_and_report(
     timings = time_in_turns([row.run for row in rows], args.steps, args.rounds, device)
     for row, timing in zip(rows, timings, strict=True):
         row.timing, row.peak = timing, _peak(row, device)
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    precisions = {row.form.precision for row in rows}
-    ceilings = {name: matrix_ceiling(device, formats.get(name, torch.float32)) for name in precisions}
+    ceilings = {name: matrix_ceiling(device, name) for name in {row.form.precision for row in rows}}
     bandwidth, clips = copy_bandwidth(device), cfg["dataset"]["batch_size"]
     figures = [row.figures(rows[0], clips, flops, ceilings[row.form.precision], bandwidth) for row in rows]
     frames = round(cfg["dataset"]["video_clip_duration"] * cfg["dataset"]["video_fps"])

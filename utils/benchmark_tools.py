@@ -153,11 +153,12 @@ class CollectiveCounter(TorchDispatchMode):
         return sum(share * (2 if kind.startswith("allreduce") else 1) * n for kind, n in self.payload.items())
 
 
-def matrix_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """The most FLOP/s that square matrix products in `dtype` reach here; float32 with the matrix units' rounding."""
+def matrix_ceiling(device: torch.device, precision: str, seconds: float = 0.5) -> float:
+    """The most FLOP/s that square matrix products in a number format (fp32, tf32, bf16, fp16) reach here."""
     size = 8192 if device.type == "cuda" else 1024
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return 2 * size**3 / _fastest(lambda: a @ b, device, seconds)
 
 

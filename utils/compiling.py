@@ -1,5 +1,6 @@
 """torch.compile where it works, said where it does not."""
 
+import contextlib
 import functools
 import logging
 
@@ -22,6 +23,11 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
     if not (device.type == "cuda" if asked is None else asked):
         return False
     return obstacle(device.type) is None
+
+
+def for_batch(whole: bool) -> contextlib.AbstractContextManager:
+    """The context of a forward pass: for an epoch's rest, a batch that is not `whole`, nothing is compiled anew."""
+    return contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager")
 
 
 @functools.cache

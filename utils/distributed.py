@@ -263,7 +263,8 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         raise UserError(f"--world-size {nodes}, --nproc {options.nproc}: expected 1 or more")
     many = options.distributed or (nodes or 1) > 1
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
-    if options.gpu is not None and (many or torchrun):
+    slurm = not many and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
+    if options.gpu is not None and (many or torchrun or slurm):
         raise UserError(f"--gpu {options.gpu}: means that GPU alone; leave it out of a run of several processes")
     if torchrun:
         if nodes not in (None, 1, int(env["WORLD_SIZE"])):
@@ -271,15 +272,16 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         world, own_rank, local_rank = (int(env[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
         here = int(env.get("LOCAL_WORLD_SIZE", 1))
         return Processes(world, own_rank, None, here, local_rank, "env://", backend)
+    if options.nproc is not None and not options.distributed:
+        raise UserError(f"--nproc {options.nproc}: is for several processes; add --distributed")
+    if slurm:
+        if options.rank is not None:
+            raise UserError(f"--rank {options.rank}: Slurm says which process this is; leave it out")
+        return _plan_slurm(int(env["SLURM_STEP_NUM_TASKS"]), options.dist_url, backend)
     if not many:
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-        if tasks > 1 and "SLURM_PROCID" in env:
-            return _plan_slurm(tasks, options.dist_url, backend)
-        for name in ("nproc", "rank", "dist_url"):
-            if (value := getattr(options, name)) and nodes is None:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}: is for several processes; add --distributed or --world-size N"
-                )
+        for name, value in (("rank", options.rank), ("dist-url", nodes is None and options.dist_url)):
+            if value:
+                raise UserError(f"--{name} {value}: is for several processes; add --distributed or --world-size N")
         return None
     nodes = nodes or 1
     rank_here = 0 if options.rank is None and nodes == 1 else options.rank
@@ -349,10 +351,12 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
     try:
         # gloo beside nccl: hosts can then agree on something without waiting for their devices
         backend = "cpu:gloo,cuda:nccl" if plan.backend == "nccl" else plan.backend
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # PyTorch's waiting heeds no handler of Python's
         store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
         store = _clean_store(store, own_rank, plan.world_size)
         dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
         dist.all_reduce(torch.zeros(()))  # one that ended now would break the others' connecting
+        signal.signal(signal.SIGINT, interrupt)
     except (ValueError, RuntimeError) as error:  # DistError is one of the latter
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from utils.distributed import all_reduce_sum, world_size
+from utils.distributed import all_reduce_sum
 
 SPREAD_WARNING = 0.1
 COSINE_WARNING = 0.95
@@ -30,13 +30,15 @@ class Averages:
     def read(self) -> dict[str, float]:
         """The means since the last reading, over all ranks; starts anew. Every rank must call it.
 
-        Empty where nothing was added, or all of it taken back.
+        Empty where nothing was added, or all of it taken back. A spread that is NaN, of a single clip, does not count.
         """
         if not self._values:
             return {}
-        means = all_reduce_sum(torch.stack(self._values).mean(0)) / world_size()
-        self._values = []
-        return dict(zip(self._names, means.tolist(), strict=True))
+        values, self._values = torch.stack(self._values), []
+        spreads = torch.tensor([name.endswith("_spread") for name in self._names], device=values.device)
+        silent = values.isnan() & spreads
+        total, count = all_reduce_sum(torch.stack([values.masked_fill(silent, 0).sum(0), (~silent).double().sum(0)]))
+        return dict(zip(self._names, (total / count).tolist(), strict=True))
 
 
 def collapse_warning(figures: Mapping[str, float]) -> str | None:

@@ -44,7 +44,7 @@ class Monitor:
     def record(self, writer: MetricsWriter, epoch: int, step: int) -> None:
         """Measure after so many epochs, which are `step` steps of the run, if it is due and the metrics lack it.
 
-        A run that is asked to stop meanwhile is not measured: it saves and ends at its next step.
+        A run that is asked to stop meanwhile is to save and end; when it goes on from there, it is measured.
         """
         every = self.cfg["monitor_every"]
         due = every and (epoch % every == 0 or epoch == self.cfg["optimizer"]["num_epochs"])

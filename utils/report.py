@@ -17,10 +17,12 @@ picture of queries and answers, and a map of the embeddings in two dimensions.
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
 import torch
+from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -118,12 +120,8 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     checkpoint.load_weights(model, weights, str(file))
     if args.audio_stats is not None:
         stats, source = read_statistics(args.audio_stats, cfg["dataset"]["spec_params"]["n_mels"]), args.audio_stats
-    elif "audio_stats" in state:
-        stats, source = state["audio_stats"], "the checkpoint"
     else:
-        videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
-        recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
-        stats, source = audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
+        stats, source = statistics_of(state, cfg)
     held_out, prepare = build_held_out(cfg, device, most=None), BatchPrep(cfg["dataset"], stats, device)
     embeddings = embed(model, held_out, prepare)
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
@@ -139,6 +137,15 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
         draw_map(embeddings, held_out.dataset.videos.classes or (), args.map)
 
 
+def statistics_of(state: Mapping, cfg: dict) -> tuple[dict[str, Tensor], str]:
+    """Audio statistics of a checkpoint, or, where it has none, of the training videos; and whence they are."""
+    if "audio_stats" in state:
+        return state["audio_stats"], "the checkpoint"
+    videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
+    recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
+    return audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
+
+
 def report_demo(cfgs: list[dict], out: Path) -> None:
     """Measure the runs, print the table, draw the picture."""
     device = default_device()
@@ -151,16 +158,18 @@ def report_demo(cfgs: list[dict], out: Path) -> None:
         state, path = checkpoint.load_latest(run_folder(cfg)) or (None, None)
         if state is None:
             raise UserError(f"{run_folder(cfg)}: no checkpoint; pre-train first")
-        prepare = BatchPrep(cfg["dataset"], state["audio_stats"], device)
+        weights, _ = checkpoint.recognise(state, str(path))
+        prepare = BatchPrep(cfg["dataset"], statistics_of(state, cfg)[0], device)
         torch.manual_seed(cfg["seed"])
         model = build_model(cfg["model"]).to(device)
         rows[f"{name} untrained"], _ = measure(model, cfg, prepare, device)
-        checkpoint.load_weights(model, state["model"], str(path))
+        checkpoint.load_weights(model, weights, str(path))
         rows[name], runs[name] = measure(model, cfg, prepare, device)
     print_table(rows, labels)
     figure = plt.figure(figsize=(12, 10), layout="constrained")
     curves, pairs = figure.subfigures(2, 1, height_ratios=(1, 1.7))
-    draw_curves(curves, cfgs, rows["chance"]["v2a_R@10"])
+    trained_here = [cfg for cfg in cfgs if (run_folder(cfg) / "metrics.jsonl").exists()]
+    draw_curves(curves, trained_here, rows["chance"]["v2a_R@10"])
     draw_retrieval(pairs, cfgs[0], next(iter(runs.values())))
     save_figure(figure, out)
     plt.close(figure)
@@ -268,7 +277,7 @@ def print_table(rows: dict[str, dict[str, float]], labels: torch.Tensor) -> None
 
 def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
     """Each run's loss and, together, the runs' R@10 in percent over the epochs; `chance` is that of R@10."""
-    *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1)
+    *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1, squeeze=False)[0]
     for cfg, name, loss_axis in zip(cfgs, run_names(cfgs), loss_axes, strict=True):
         train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
         epoch_steps = steps_of_an_epoch(train)

@@ -101,7 +101,9 @@ def test_counts():
     timings = time_in_turns([lambda: order.append(0), lambda: order.append(1)], steps=3, rounds=2, device=CPU)
     assert order == [0, 1] + [0, 0, 0, 0, 1, 1, 1, 1] * 2
     assert [len(timing.rounds) for timing in timings] == [2, 2] and min(timings[0].rounds) > 0
-    assert matrix_ceiling(CPU, torch.float32, seconds=0) > 0
+    for precision, rounding in (("tf32", "high"), ("fp32", "highest")):
+        assert matrix_ceiling(CPU, precision, seconds=0) > 0
+        assert torch.get_float32_matmul_precision() == rounding
 
 
 def test_bytes_of_rows_are_not_those_of_the_table():
@@ -162,6 +164,8 @@ def test_bank_writes_what_it_promises(monkeypatch, tmp_path, capsys):
     sizes = [(row["instances"], row["dtype"], row["gb"]) for row in report["rows"]]
     assert sizes == [(50, "fp32", 6.4e-6), (50, "bf16", 3.2e-6), (300, "fp32", 38.4e-6), (300, "bf16", 19.2e-6)]
     assert len(report["left_out"]) == 2 and "10,000,000 rows in fp32: left out, 1.3 GB" in capsys.readouterr().out
+    command(monkeypatch, "bank", "--instances", 10_000_000, *words[4:], "--png", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()  # nothing fitted
 
 
 @needs_gpu

@@ -19,7 +19,7 @@ from models.audio import Conv2DNet
 from models.network_blocks import R2Plus1dBlock, SpatialConv, SpatialMaxPool, StemConv, TemporalConv, global_max
 from models.video import R2Plus1d
 from utils import compiling
-from utils.compiling import compiles
+from utils.compiling import compiles, for_batch
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's kernels take no CPU's tensors where there is a GPU
@@ -185,6 +185,21 @@ def test_compiled_preprocessing_is_eager(compiler):
     expected = prepare(frames, change)
     found = torch.compile(prepare, fullgraph=True, dynamic=False)(frames, change)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rest_is_not_compiled_anew():
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(inputs[-1]))
+        return graph
+
+    network = torch.compile(nn.ReLU(), backend=backend, dynamic=False)
+    for size in (4, 4, 2, 4):
+        with for_batch(whole=size == 4):
+            assert len(network(torch.ones(size, 3))) == size
+    assert sizes == [4]
+    torch.compiler.reset()
 
 
 def test_measuring_between_epochs_compiles_nothing():

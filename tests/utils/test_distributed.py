@@ -12,10 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from datasets import _workers
-from tests.tiny import ENV, TORCHRUN, Started, wait_until
+from tests.tiny import ENV, TORCHRUN, Started, wait_until, write_config
 from utils import distributed
 from utils.cli import pretraining_parser
-from utils.distributed import _first_host, _run_one, _tasks_on_node, plan_processes, rank
+from utils.distributed import _first_host, _free_port, _run_one, _tasks_on_node, plan_processes, rank
 from utils.errors import UserError
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
@@ -84,6 +84,9 @@ def test_slurm(monkeypatch):
     for name, value in zip(SLURM_NODE, ("2(x3),3", "3"), strict=True):
         monkeypatch.setenv(name, value)
     assert plan_processes(options()).here == 3
+    for words in (("--gpu", "0"), ("--rank", "2"), ("--nproc", "3")):
+        with pytest.raises(UserError, match=" ".join(words)):
+            plan_processes(options(*words))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script: the options decide
     assert plan_processes(options()) is None
 
@@ -171,6 +174,9 @@ def test_seeds_that_are_none(seed, capsys):
         (("--dist-backend", "nccl"), "needs GPUs"),
         (("--distributed", "--gpu", "1"), "--gpu 1"),
         (("--nproc", "3"), "--nproc 3: is for several processes; add --distributed"),
+        (("--nproc", "3", "--world-size", "1"), "--nproc 3: is for several processes; add --distributed"),
+        (("--nproc", "3", "--world-size", "2", "--rank", "0", "--dist-url", "tcp://h:1"), "--nproc 3: is for several"),
+        (("--rank", "5", "--world-size", "1"), "--rank 5: is for several processes"),
         (("--rank", "7"), "--rank 7: is for several processes"),
         (("--dist-url", "tcp://a:1"), "--dist-url tcp://a:1: is for several processes"),
     ],
@@ -239,6 +245,15 @@ def test_ranks_end_with_their_torchrun(tmp_path):
 
 def test_an_interrupt_of_the_launcher_alone_ends_its_ranks(tmp_path):
     ranks_end_after(tmp_path, signal.SIGINT, "--distributed", "--nproc", "2")
+
+
+def test_an_interrupt_ends_a_rank_that_waits_for_the_others(tmp_path, videos):
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    waiting = Started(write_config(tmp_path, videos), "--world-size", 2, "--rank", 1, "--dist-url", address)
+    time.sleep(4)
+    assert waiting.running
+    waiting.signal(signal.SIGINT)
+    assert waiting.wait(20).returncode in (-signal.SIGINT, 130)
 
 
 STARTS_SLOWLY = """

@@ -77,6 +77,15 @@ def test_averages_forget_what_is_taken_back():
     assert averages.read() == {}
 
 
+def test_the_spread_of_a_single_clip_does_not_count():
+    averages = Averages()
+    for spread, loss in ((0.0, 1.0), (math.nan, 3.0)):
+        averages.add({"loss": torch.tensor(loss), "video_spread": torch.tensor(spread)})
+    assert averages.read() == {"loss": 2.0, "video_spread": 0.0}
+    averages.add({"loss": torch.tensor(math.nan), "video_spread": torch.tensor(math.nan)})
+    assert all(math.isnan(value) for value in averages.read().values())  # nothing else is hidden
+
+
 @pytest.mark.parametrize(
     ("pos_cos", "neg_cos", "spread", "words"),
     [

@@ -5,9 +5,10 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from tests import tiny
-from utils import report
+from utils import checkpoint, report
 from utils.errors import UserError
 
 
@@ -99,6 +100,19 @@ def test_demo_without_labels_and_without_monitoring(trained, monkeypatch, capsys
         (line,) = (line for line in lines if line.startswith(name + "  "))
         assert line.endswith(" -")  # kNN: no labels
     assert (tmp_path / "demo.png").stat().st_size > 20_000
+
+
+def test_demo_of_a_published_checkpoint(trained, monkeypatch, capsys, tmp_path):
+    """Where README says to put it; it has no audio statistics, and the names that DDP gives."""
+    folder, cfg, _ = trained
+    ours = checkpoint.load(folder / "runs/tiny/checkpoint.pth.tar")
+    theirs = {"model": {f"module.{name}": value for name, value in ours["model"].items()}, "epoch": 100}
+    (folder / "runs/theirs").mkdir()
+    torch.save(theirs, folder / "runs/theirs/checkpoint.pth.tar")
+    published = tmp_path / "theirs.yaml"
+    published.write_text(cfg.read_text().replace("name: tiny", "name: theirs"))
+    show(monkeypatch, "demo", published, "--out", tmp_path / "demo.png")
+    assert "theirs untrained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("only_some", [True, False])
