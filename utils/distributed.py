@@ -5,6 +5,7 @@ without one these answer for a single process.
 """
 
 import argparse
+import contextlib
 import ctypes
 import inspect
 import logging
@@ -15,7 +16,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -351,16 +352,28 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
     try:
         # gloo beside nccl: hosts can then agree on something without waiting for their devices
         backend = "cpu:gloo,cuda:nccl" if plan.backend == "nccl" else plan.backend
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # PyTorch's waiting heeds no handler of Python's
-        store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
-        store = _clean_store(store, own_rank, plan.world_size)
-        dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
-        dist.all_reduce(torch.zeros(()))  # one that ended now would break the others' connecting
-        signal.signal(signal.SIGINT, interrupt)
+        with _interruptible():
+            store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
+            store = _clean_store(store, own_rank, plan.world_size)
+            dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
+            dist.all_reduce(torch.zeros(()))  # one that ended now would break the others' connecting
     except (ValueError, RuntimeError) as error:  # DistError is one of the latter
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end this process at once: Python's handler does not run while PyTorch waits for other processes."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not where it is ignored, as in a shell's background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def _clean_store(store: dist.Store, own_rank: int, world_size: int) -> dist.Store:
