@@ -37,6 +37,7 @@ class Run:
         self.ended = False  # whether the data was read to its end
         self._container, self._stream = container, stream
         self._start, self._step = info.start, 1 / info.fps if getattr(info, "fps", 0) else 0.0
+        self._time_base = stream.time_base
         self._clock = stream.time_base.numerator, stream.time_base.denominator
         self._from_dts = container.format.name == "avi" and stream.type == "video"
         self._can_skip = info.codec in SKIPPING_CODECS and not self._from_dts
@@ -47,7 +48,7 @@ class Run:
             for frame in self._decode(packet):
                 time = self._time(frame, self._start if before is None else before + self._step)
                 self.first = min(self.first, time)
-                frame.time_base = self._stream.time_base  # PyAV leaves it out where the decoder held the frame back
+                frame.time_base = self._time_base  # PyAV leaves it out where the decoder held the frame back
                 yield time, frame
                 before = time
 

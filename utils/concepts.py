@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.evaluation import RANDOM
 from utils.figures import save_figure
 from utils.results import FIGURES, mean_and_deviation, result_files, run_folder_of, tell_apart
 
@@ -22,7 +23,6 @@ log = logging.getLogger("avssrl")
 
 PARTS = {"unseen": "-", "seen": "--"}  # part: its line in the picture
 SHOWN = {"Video@1": "top-1", "Video@5": "top-5"}
-RANDOM = "random weights"
 KEY = ("dataset", "benchmark", "method", "part", "ratio")
 COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{figure} {what}" for figure in FIGURES for what in ("mean", "std")))
 

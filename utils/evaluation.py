@@ -23,6 +23,8 @@ log = logging.getLogger("avssrl")
 
 FREE_TO_CHANGE = ("resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root")
 """Keys that leave an evaluation's meaning alone."""
+RANDOM = "random weights"
+"""What results call an encoder that was not pre-trained."""
 AGAIN = "run it again with --resume"
 """What goes on with an evaluation that was asked to stop."""
 
@@ -93,7 +95,7 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
         UserError: no such checkpoint, or it does not fit.
     """
     if args.random_weights:
-        return "random weights"
+        return RANDOM
     if args.checkpoint:
         path = Path(args.checkpoint)
         state = checkpoint.load(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.evaluation import clip_accuracies, top_share, video_accuracies, video_scores
+from utils.evaluation import RANDOM, clip_accuracies, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
 from utils.figures import drawable, save_figure
 from utils.files import write_whole
@@ -289,7 +289,7 @@ def collect(folder: str | Path) -> list[dict]:
 
 def _random(results: Mapping) -> str:
     """A word for random weights where the variant has none, since the benchmark's name ends in -random."""
-    random = results.get("encoder", {}).get("weights") == "random weights"
+    random = results.get("encoder", {}).get("weights") == RANDOM
     return "random" if random and "random-weights" not in results["variant"] else ""
 
 

@@ -22,7 +22,7 @@ from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import STATUS, Preempted, RunFailed, UserError
-from utils.evaluation import benchmark_folder
+from utils.evaluation import RANDOM, benchmark_folder
 from utils.logger import duration
 
 SCRIPT = Path(__file__).resolve().parents[1] / "eval-action-recg-linear.py"
@@ -66,7 +66,7 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
     runs, started, child = list(combinations(args)), time.monotonic(), Child()
     for done, (model_cfg, random, ratio, seed) in enumerate(runs):
         left = duration((time.monotonic() - started) / done * (len(runs) - done)) if done else "?"
-        method = "random weights" if random else Path(model_cfg).stem
+        method = RANDOM if random else Path(model_cfg).stem
         print(f"{done + 1}/{len(runs)} | {left} left | {method}, ratio {ratio:g}, few_shot_seed {seed}", flush=True)
         status = child.run(command(args, model_cfg, random, ratio, seed, script_options))
         if child.asked or status == STATUS[Preempted]:
