@@ -31,8 +31,8 @@ def cfgs(tmp_path, ucf):
     return write
 
 
-def evaluate(folder, *arguments, **options):
-    return tiny_evaluation.results(folder, SCRIPT, *arguments, **options)
+def evaluate(folder, *arguments, ranks=1):
+    return tiny_evaluation.results(folder, SCRIPT, *arguments, ranks=ranks)
 
 
 def fail(*arguments):
@@ -68,18 +68,18 @@ def test_results_hold_what_they_promise(cfgs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("views", "options"),
+    ("views", "ranks", "started"),
     [
-        (0, {"ranks": 3}),  # 8 clips in batches of 3: 3, 3, 2
-        (2, {"launcher": tiny.TORCHRUN}),
+        (0, 3, ()),  # 8 clips in batches of 3: 3, 3, 2
+        (2, 1, ("--distributed", "--nproc", 2)),
     ],
 )
-def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, options):
+def test_any_number_of_processes_finds_the_same(cfgs, tmp_path, views, ranks, started):
     cfg, model = cfgs(feature_views=views, optimizer__lr__base_lr=0.001, model__args__use_dropout=True)
     found = {}
-    for name, kind in (("one", {}), ("many", options)):
-        arguments = ("--random-weights", "--set", f"cache_dir={tmp_path / name}")
-        found[name] = evaluate(tmp_path, cfg, model, *arguments, **kind)
+    for name, many, options in (("one", 1, ()), ("many", ranks, started)):
+        arguments = ("--random-weights", "--set", f"cache_dir={tmp_path / name}", *options)
+        found[name] = evaluate(tmp_path, cfg, model, *arguments, ranks=many)
         file = next(tmp_path.glob("runs/**/checkpoint.pth.tar"))
         found[name]["head"] = checkpoint.load(file)["parts"]["all"]["heads"][0.001]
     one, many = found["one"], found["many"]
@@ -310,7 +310,7 @@ def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
     bad.write_bytes(bad.read_bytes()[:500])
     cfg, model = cfgs(root=root)
     assert "1 of the 6 videos of a list are missing" in fail(cfg, model, "--random-weights")
-    found = evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing", "--distributed", "--nproc", 2)
+    found = evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing", ranks=2)
     assert found["missing"] == [f"videos/HandstandPushups/{gone.name}"]
     assert list(found["unreadable"]) == [f"videos/HandstandPushups/{bad.name}"]
     assert found["results"]["pool"]["videos"] == 4 and found["results"]["pool"]["clips"] == 16

@@ -123,9 +123,10 @@ def test_two_processes_by_every_launcher(config):
     run(config("torchrun", **short), launcher=TORCHRUN)
     assert differences(final(config.folder("spawned")), final(config.folder("torchrun"))) == []
     file = config("nodes", **short)
-    shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517", "--multiprocessing-distributed", "--nproc", 1)
-    first = Started(file, *shared, "--rank", 0)
-    run(file, *shared, "--rank", 1)
+    shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517")
+    spawned = ("--multiprocessing-distributed", "--nproc", 1)
+    first = Started(file, *shared, *spawned, "--rank", 0)
+    run(file, *shared, *spawned, "--rank", 1)
     ended = first.wait()
     assert "2 processes" in ended.stdout and ended.returncode == 0
     assert differences(final(config.folder("nodes")), final(config.folder("torchrun"))) == []

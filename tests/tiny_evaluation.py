@@ -91,10 +91,10 @@ def run_here(script: str, *arguments: object) -> None:
             handler.close()
 
 
-def results(folder: Path, script: str, *arguments: object, launcher: tuple = (), ranks: int = 1) -> dict:
+def results(folder: Path, script: str, *arguments: object, ranks: int = 1) -> dict:
     """Run an evaluation in `folder`, where its MODEL_CFG says that runs go, and read the results it wrote last."""
-    if launcher or ranks > 1 or "--distributed" in arguments:
-        tiny.run(*arguments, script=script, launcher=launcher, ranks=ranks)
+    if ranks > 1 or "--distributed" in arguments:
+        tiny.run(*arguments, script=script, ranks=ranks)
     else:
         run_here(script, *arguments)
     files = sorted(folder.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns)
