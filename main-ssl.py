@@ -9,6 +9,7 @@ The same command again goes on where the run stopped.
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
@@ -69,7 +70,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
     log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
-    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
+    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
     state = checkpoints.latest()
     if not cfg["test_only"]:
         write_config(folder, cfg)
@@ -107,7 +108,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
         )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(build_held_out(cfg, device), alone=True), precision)
+    held_out = partial(build_held_out, cfg, device, trained=videos)
+    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(held_out(), alone=True), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return
@@ -170,11 +172,9 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
                 guard.check()
                 figures = averages.read() | {"lr": rate, "grad_norm": grad_norm.item()} | clock.read()
-                figures["q"] = criterion.q_at(epoch)
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
                 if stopping or (not last_step and any_rank(checkpoints.due())):
-                    criterion.assemble()
                     checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
                 if stopping:
                     stop.leave(f"epoch {epoch + 1}, step {step + 1}")
@@ -183,12 +183,10 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         start_step, done = 0, epoch + 1
         saved = checkpoints.due_after(done)
         if saved:
-            criterion.assemble()
             checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
         monitor.record(writer, done, done * batches.steps)
         if stop.on_any_rank():
             if not saved:
-                criterion.assemble()
                 checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
             stop.leave(f"epoch {done}")
 
@@ -198,7 +196,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
 def bank_rows(cfg: dict, num_videos: int) -> int:
     """Rows of the memory bank: one a video. `num_instances` in the YAML may be more; UserError where it is fewer."""
-    asked = cfg["loss"]["args"]["num_instances"]
+    asked = cfg["loss"]["args"].get("num_instances")
     if asked is not None and asked < num_videos:
         raise UserError(
             f"loss.args.num_instances: {asked} is fewer than the {num_videos} training videos found; leave it out"

@@ -9,6 +9,7 @@ The same command again goes on where the run stopped.
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
@@ -23,7 +24,7 @@ from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
 from utils.compiling import compiles, for_batch
 from utils.config import load_config
-from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
+from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
 from utils.logger import (
     MetricsWriter,
@@ -80,7 +81,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
     log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
-    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint)
+    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
     state = checkpoints.latest()
     if not cfg["test_only"]:
         write_config(folder, cfg)
@@ -117,7 +118,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
             )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(build_held_out(cfg, device), alone=True), precision)
+    held_out = partial(build_held_out, cfg, device, trained=videos)
+    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(held_out(), alone=True), precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return
@@ -180,10 +182,9 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             if (step + 1) % cfg["print_freq"] == 0 or last_step or stopping:
                 guard.check()
                 figures = averages.read() | {"lr": rate, "grad_norm": grad_norm.item()} | clock.read()
-                figures["cov_coeff"] = criterion.cov_coeff_at(epoch + step / batches.steps)
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
-                if stopping or (checkpoints.due() and not last_step):
+                if stopping or (not last_step and any_rank(checkpoints.due())):
                     checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
                 if stopping:
                     stop.leave(f"epoch {epoch + 1}, step {step + 1}")

@@ -23,7 +23,7 @@ class VICLoss(nn.Module):
     device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` and `neg_cos`
     (mean cosine of x with its own y and with the others'; until something is learned they are alike) and
     `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere) and `video_dims`, `audio_dims`
-    (how many directions they use).
+    (how many directions they use), and `cov_coeff`.
 
     Args:
         sim_coeff, std_coeff: 0 or above, as is the next.
@@ -91,8 +91,10 @@ class VICLoss(nn.Module):
             std_x, cov_x = _variance_and_covariance_terms(gather_with_grad(x))
             std_y, cov_y = _variance_and_covariance_terms(gather_with_grad(y))
             sim, std, cov = F.mse_loss(x, y), (std_x + std_y) / 2, cov_x + cov_y
+            cov_coeff = self.cov_coeff_at(epoch)
             self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(x, y)}
-            return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff_at(epoch) * cov
+            self.stats["cov_coeff"] = x.new_full((), cov_coeff, dtype=torch.float64)
+            return self.sim_coeff * sim + self.std_coeff * std + cov_coeff * cov
 
 
 def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

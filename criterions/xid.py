@@ -28,9 +28,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
     directions. After scoring, in training mode, the rows of the batch over all ranks take in the new embeddings.
     Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
     device: `pos_cos` and `neg_cos`, the mean cosine of queries with positive and with random negative rows (both
-    directions), and of the rank's batch `video_spread`, `audio_spread` (0 collapsed, 1 uniform on the sphere) and
-    `video_dims`, `audio_dims` (how many directions it uses). Without random negatives `neg_cos` is the mean over the
-    live ones.
+    directions), of the rank's batch `video_spread`, `audio_spread` (0 collapsed, 1 uniform on the sphere) and
+    `video_dims`, `audio_dims` (how many directions it uses), and `q`. Without random negatives `neg_cos` is the mean
+    over the live ones.
 
     Args:
         num_instances: rows of the bank, one a training video.
@@ -123,14 +123,14 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
         Args:
             video_emb, audio_emb: (N, D), of any length.
-            index: (N,) the instances' rows in the bank, int64, on the embeddings' device.
+            index: (N,) the instances' rows in the bank, whole numbers, on the embeddings' device.
             epoch: from 0 on; decides about hard negatives, and about q where none is given.
             q: RINCE's q in this call.
 
         Raises:
             UserError: a batch of one clip over all ranks, and no negatives from the bank.
         """
-        q = self.q_at(epoch) if q is None else q
+        q, index = self.q_at(epoch) if q is None else q, index.long()
         if not self.num_negatives and len(index) * world_size() < 2:
             raise UserError(
                 "loss.args.num_negatives: 0, and a batch, or its part, of one clip: nothing to tell it from; raise it, "
@@ -146,7 +146,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             if self.live_targets:
                 v2a, a2v = _with_batch(video, audio, index, v2a), _with_batch(audio, video, index, a2v)
             losses = [self.rince(pos / self.temperature, neg / self.temperature, q) for pos, neg in (v2a, a2v)]
-            self.stats = self._measure(video, audio, v2a, a2v)
+            self.stats = self._measure(video, audio, v2a, a2v) | {"q": video.new_full((), q, dtype=torch.float64)}
             if self.training:
                 bank.update(index, video, audio, self.momentum)
             return (losses[0] + losses[1]) / 2

@@ -1,6 +1,7 @@
 """Videos on disk -> batches. `build_videos` lists them, `ClipRecipe` and the data sets of `video_dataset` cut them."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from datasets.video_dataset import (
 )
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
+
+log = logging.getLogger("avssrl")
 
 MONITOR_VIDEOS = 200  # held-out videos that pre-training measures itself on
 
@@ -90,10 +93,19 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     return make_loader(clips, _workers(cfg), device, batch_sampler=batches)
 
 
-def build_held_out(cfg: dict, device: torch.device, most: int | None = MONITOR_VIDEOS) -> DataLoader:
-    """A loader of the test split's videos (at most so many, evenly over the list), `clips_per_video` windows each."""
+def build_held_out(
+    cfg: dict, device: torch.device, most: int | None = MONITOR_VIDEOS, trained: VideoList | None = None
+) -> DataLoader:
+    """A loader of the test split's videos (at most so many, evenly over the list), `clips_per_video` windows each.
+
+    A warning tells how many of them are among the `trained` ones.
+    """
     data = cfg["dataset"]
     videos = build_videos(data, data["test"]["split"])
+    if trained is not None and (both := set(trained.names()) & set(videos.names())):
+        log.warning(
+            "%d of %d held-out videos are training videos, too: learned by heart counts", len(both), len(videos)
+        )
     recipe = ClipRecipe.from_config(data, augment=False)
     windows = data["test"]["clips_per_video"]
     clips = EvenClips(videos, recipe, windows, _decoded(cfg))
@@ -144,7 +156,7 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
         )
     train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
     test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
-    both = {train.name(i) for i in range(len(train))} & {test.name(i) for i in range(len(test))}
+    both = set(train.names()) & set(test.names())
     if both:
         raise UserError(
             f"dataset.test.split: {len(both)} of its {len(test)} videos are training videos, too, such as {min(both)}: "

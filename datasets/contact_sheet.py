@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.decoding import DecodeError, VideoFile
-from utils.figures import drawable
+from utils.figures import drawable, save_figure
 
 FRAMES = 4
 SAMPLE_RATE = 4000  # Hz, enough to draw
@@ -16,7 +16,11 @@ SECONDS = 12.0  # of a video, at most
 def draw_contact_sheet(
     root: str | Path, names: Sequence[str], file: str | Path, count: int = 12, seed: int = 0
 ) -> None:
-    """Draw `count` random videos: four frames over their length, the waveform below, and what could not be read."""
+    """Draw `count` random videos: four frames over their length, the waveform below, and what could not be read.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
     from matplotlib.figure import Figure
 
     names = sorted(names)
@@ -42,7 +46,7 @@ def draw_contact_sheet(
             sound.text(0.5, 0.4, "no sound", ha="center", fontsize=8, transform=sound.transAxes)
             sound.axis("off")
         pictures.axis("off")
-    figure.savefig(file, dpi=90)
+    save_figure(figure, file, dpi=90)
 
 
 def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:

@@ -29,7 +29,7 @@ import av
 import numpy as np
 
 from datasets.decoder_run import MediaError, Run, Timed, distance, nearest, within
-from datasets.waveform import FILTER_MARGIN, cut, mono_pieces
+from datasets.waveform import FILTER_MARGIN, cut, end_of, mono_pieces
 
 SLACK = 0.5  # seconds that declared and decoded ends, or packets and frames, may lie apart
 PREROLL = 0.3  # seconds of audio decoded before those needed: priming, overlap, mp3's bit reservoir
@@ -176,8 +176,8 @@ class VideoFile:
 
         Raises:
             DecodeError: a stream asked for is missing, or cannot be decoded where asked for.
-            ValueError: a duration or rate that is not above 0, a start that is not finite, less than one frame, or a
-                crop that is not inside the pictures.
+            ValueError: a duration or rate that is not above 0, a start that is not finite, less than one frame or
+                sample, or a crop that is not inside the pictures.
         """
         _check_arguments((video_start, audio_start), (video_seconds, fps, audio_seconds, sample_rate))
         if video_seconds and fps and not round(video_seconds * fps):
@@ -444,6 +444,8 @@ class VideoFile:
         bounded = seconds is not None
         first = info.start if start is None else start
         stop = first + seconds if bounded else math.inf
+        if bounded and not round(seconds * rate):
+            raise ValueError(f"{seconds} s at {rate} Hz must be at least one sample")
         whole = start is None and not bounded
         asked = f"audio {first:.3f} to {stop:.3f} s" if bounded else f"audio from {first:.3f} s"
         for run in self._runs("audio", -math.inf if whole else first - PREROLL):
@@ -456,10 +458,8 @@ class VideoFile:
         found = np.array([time for time, _ in pieces])
         if bounded:
             self._check_complete(run, asked, run.packets_within(first, stop), found, stop)
-        elif not pieces:
+        elif not pieces or (stop := end_of(pieces, info.sample_rate)) <= first:
             raise self._error(asked, "no samples there that can be decoded")
-        else:
-            stop = max(first, found[-1] + len(pieces[-1][1]) / info.sample_rate)
         length = round((seconds if bounded else stop - first) * rate)
         return cut(pieces, info.sample_rate, first, rate, length)
 

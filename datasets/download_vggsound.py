@@ -52,7 +52,10 @@ def main() -> None:
     parser.add_argument("--workers", type=at_least(1), default=4, metavar="N")
     args = parser.parse_args()
     clips = [clip for clip in read_clips(args.csv) if args.split in (None, clip[2])]
-    counts = download_all(clips, Path(args.out), yt_dlp_download(), args.workers, args.limit)
+    try:
+        counts = download_all(clips, Path(args.out), yt_dlp_download(), args.workers, args.limit)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written: {error}") from None
     copy = Path(args.out) / "vggsound.csv"
     if not (copy.exists() and copy.samefile(args.csv)):
         write_whole(copy, Path(args.csv).read_bytes())
@@ -64,7 +67,7 @@ def read_clips(file: str | Path) -> list[Clip]:
     try:
         with Path(file).open(newline="", encoding="utf-8-sig") as lines:
             rows = [row for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--csv {file}: cannot be read: {error}") from None
     for row in rows:
         if len(row) != 4 or not row[1].isdecimal() or row[3] not in ("train", "test"):

@@ -32,7 +32,7 @@ def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, l
     if manifest is None:
         missing = [i for i in range(len(videos)) if not videos.path(i).is_file()]
     else:
-        missing = missing_of(manifest, [videos.name(i) for i in range(len(videos))])
+        missing = missing_of(manifest, videos.names())
     names = [videos.name(i) for i in missing]
     if missing and (not allow_missing or len(missing) == len(videos)):
         first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

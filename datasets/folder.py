@@ -74,13 +74,17 @@ def _labels(
     file = root / labels
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            header, *rows = [row for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+            header, *rows = [row for row in csv.reader(lines) if row] or [[""]]
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: expected a CSV file with a header and rows: {error}") from None
-    if len(header) < 2 or (column is not None and column not in header):
+    if len(header) < 2:
+        raise UserError(
+            f"{file}: expected columns that commas separate, a video's path and its label; found {header[0]!r}"
+        )
+    if column is not None and column not in header:
         raise UserError(f"{file}: dataset.label_column {column}: the columns are {', '.join(header)}")
     place = 1 if column is None else header.index(column)
-    label_of = {os.path.normpath(row[0]): row[place] for row in rows if len(row) > place}
+    label_of = {os.path.normpath(row[0]): row[place] for row in rows if len(row) > place and row[place]}
     classes = sorted(set(label_of.values()))
     number = {label: i for i, label in enumerate(classes)}
     found = [number[label_of[name]] if name in label_of else -1 for name in names]

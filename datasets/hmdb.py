@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from datasets.video_dataset import VideoList, read_list
+from utils.config import split_of_fold
 from utils.errors import UserError
 
 HELP = "expected HMDB-51 as published: videos/<class>/*.avi (or hmdb51_org/) and splits/<class>_test_split<k>.txt"
@@ -19,7 +20,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         UserError: another split, or lists or videos are not where they should be.
     """
     root = Path(dataset["root"])
-    wanted = re.fullmatch(r"(train|test)-split(\d+)", split.replace("{fold}", str(dataset["fold"])))
+    wanted = re.fullmatch(r"(train|test)-split(\d+)", split_of_fold(split, dataset["fold"]))
     if wanted is None:
         raise UserError(f"dataset split {split!r}: HMDB-51 has train-split{{fold}} and test-split{{fold}}")
     mark, ending = MARKS[wanted[1]], f"_test_split{wanted[2]}.txt"

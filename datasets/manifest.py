@@ -6,13 +6,14 @@ that 200,000 of them are listed in seconds on any file system. Videos with an er
 
 import csv
 import functools
+import io
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import write_whole
 
 log = logging.getLogger("avssrl")
 
@@ -68,14 +69,14 @@ def manifest_of(root: str | Path) -> Manifest | None:
 def _load(file: str, changed: int, size: int) -> Manifest:
     sources, errors = {}, {}
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = csv.reader(lines)
+        rows = _parsed(lines, file)
         header = next(rows, [])
         if not {"path", "source", "error"} <= set(header):
             raise UserError(f"{file}: expected the columns {', '.join(COLUMNS)}; found {', '.join(header[:5])}")
         path, source, error = (header.index(name) for name in ("path", "source", "error"))
         for row in rows:
             if len(row) != len(header):
-                raise UserError(f"{file}, line {rows.line_num}: expected {len(header)} values, found {len(row)}")
+                raise UserError(f"{file}: expected {len(header)} values a line, found {len(row)}: {','.join(row)[:80]}")
             if row[error]:
                 errors[row[path]] = row[error]
             else:
@@ -85,6 +86,13 @@ def _load(file: str, changed: int, size: int) -> Manifest:
     return Manifest(sources, errors)
 
 
+def _parsed(lines: Iterable[str], file: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines)
+    except csv.Error as error:
+        raise UserError(f"{file}: is no manifest: {error}; prepare the data again") from None
+
+
 def read_rows(file: str | Path) -> list[dict]:
     """The lines of a manifest, or of a shard's part of one, as dicts of texts. Half a last line is left out."""
     try:
@@ -92,29 +100,32 @@ def read_rows(file: str | Path) -> list[dict]:
             return [row for row in csv.DictReader(lines) if row.get("error") is not None]
     except FileNotFoundError:
         return []
+    except csv.Error as error:
+        raise UserError(f"{file}: is no manifest: {error}; delete it") from None
 
 
 def write_rows(file: str | Path, rows: Iterable[Mapping]) -> None:
-    """Write a manifest whole or not at all, its lines sorted by path."""
-    file = Path(file)
-    building = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with building.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        writer = csv.DictWriter(out, COLUMNS)
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["path"]))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(building, file)
+    """Write a manifest whole or not at all, its lines sorted by path. UserError where it cannot be written."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: row["path"]))
+    write_whole(Path(file), text.getvalue(), errors="surrogateescape")
 
 
 def append_rows(file: str | Path, rows: Iterable[Mapping]) -> Iterator[None]:
-    """Add lines to a manifest as they come, each on the disk before the next one is asked for."""
-    with Path(file).open("a", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        writer = csv.DictWriter(out, COLUMNS)
-        for row in rows:
-            writer.writerow(row)
-            out.flush()
-            yield
+    """Add lines to a manifest as they come, each on the disk before the next one is asked for.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    for row in rows:
+        try:
+            with Path(file).open("a", newline="", encoding="utf-8", errors="surrogateescape") as out:
+                csv.DictWriter(out, COLUMNS).writerow(row)
+        except OSError as error:
+            raise UserError(f"{file}: could not be written: {error}") from None
+        yield
 
 
 def missing_of(manifest: Manifest, names: Sequence[str]) -> list[int]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import zipfile
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def audio_statistics(
             log.warning("%s; they are computed again", error)
     statistics, used = _compute(videos, chosen, recipe, num_workers)
     log.info("audio statistics: from %d videos, kept in %s", used, cached)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    temporary = cached.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

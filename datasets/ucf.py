@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from datasets.video_dataset import VideoList, read_list
+from utils.config import split_of_fold
 from utils.errors import UserError
 
 HELP = "expected UCF-101 as published: videos/<Class>/*.avi (or UCF-101/) and ucfTrainTestlist/"
@@ -19,10 +20,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """
     root = Path(dataset["root"])
     lists = root / "ucfTrainTestlist"
-    try:
-        file = lists / f"{split.format(fold=dataset['fold'])}.txt"
-    except (KeyError, IndexError, ValueError):
-        raise UserError(f"dataset split {split!r}: only {{fold}} may stand in braces") from None
+    file = lists / f"{split_of_fold(split, dataset['fold'])}.txt"
     classes = _classes(lists / "classInd.txt")
     names = [re.sub(r"\s+\d+\s*$", "", line).strip() for line in read_list(file, HELP)]
     folder = next((name for name in ("videos", "UCF-101") if (root / name).is_dir()), None)

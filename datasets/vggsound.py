@@ -105,7 +105,7 @@ def read_labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[s
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = [row for row in csv.reader(lines) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     bad = next((row for row in rows if len(row) < 3 or not row[1].isdecimal()), None)
     if bad is not None:

@@ -60,6 +60,10 @@ class VideoList:
         """The video's path relative to the root."""
         return os.fsdecode(self._names[index].numpy().tobytes().rstrip(b"\0"))
 
+    def names(self) -> list[str]:
+        """All names, in order."""
+        return [self.name(index) for index in range(len(self))]
+
     def path(self, index: int) -> Path:
         """The video's path."""
         return self.root / self.name(index)

@@ -68,6 +68,12 @@ def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float
     return [(np.percentile(starts, (5, 95)).mean(), np.concatenate(parts)) for starts, parts in groups]
 
 
+def end_of(pieces: list[tuple[float, np.ndarray]], native: int) -> float:
+    """Where the last of some pieces at `native` Hz ends, seconds."""
+    time, samples = _join(pieces, native)[-1]
+    return time + len(samples) / native
+
+
 def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate: int, length: int) -> np.ndarray:
     """`length` samples at `rate` Hz from `start` seconds on, from -1 to 1; zeros where there is no piece or no number.
 
@@ -95,7 +101,8 @@ def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate:
 
 
 def _resample(track: np.ndarray, native: int, rate: int) -> np.ndarray:
-    """A mono track at another rate; sample 0 keeps its time."""
+    """A mono track at another rate, and a little more; sample 0 keeps its time."""
+    track = np.pad(track, (0, 64 * -(-native // rate)))  # of less than its filter's length swresample answers nothing
     frame = av.AudioFrame.from_ndarray(track[None], format="fltp", layout="mono")
     frame.sample_rate = native
     resampler = av.AudioResampler("fltp", "mono", rate)

@@ -3,13 +3,16 @@
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.faults import NAN_IN_STEP_3
-from tests.tiny import EVERY_STEP, Started, differences, run, write_config
+from tests.tiny import ENV, EVERY_STEP, REPO, Started, differences, run, write_config
 from utils import checkpoint
 
 SCRIPT = "main-vicreg.py"
@@ -124,3 +127,44 @@ def test_a_batch_of_one_clip_is_refused(tmp_path, videos):
     file = write_config(tmp_path, videos, "one", SCRIPT, dataset__batch_size=1)
     error = run(file, script=SCRIPT, status=2).stderr
     assert "of one clip, and video_exp.expansion.1 is a BN" in error and error.count("\n") == 1
+
+
+OWN_LOSS = """
+import torch.nn.functional as F
+from torch import nn
+from criterions.stats import spread
+
+class Own(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.stats = weight, {}
+
+    def forward(self, x, y, epoch):
+        x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
+        cosines = x.detach() @ y.detach().T
+        self.stats = {"pos_cos": cosines.diagonal().mean(), "neg_cos": cosines.mean()}
+        self.stats |= {"video_spread": spread(x), "audio_spread": spread(y)}
+        return self.weight * F.mse_loss(x, y)
+"""
+
+
+def test_a_loss_of_ones_own_takes_what_the_readme_says(tmp_path, videos):
+    """In a copy of the source: a class, its name, its keys, and the check at the top of the script."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "data", "checkpoints", "cache", "tests", "shared", "__pycache__")
+    shutil.copytree(REPO, source, ignore=ignored)
+    (source / "criterions/own.py").write_text(OWN_LOSS)
+    for file, before, after in (
+        ("criterions/__init__.py", "CRITERIONS = {", 'from criterions.own import Own\nCRITERIONS = {"Own": Own, '),
+        ("utils/config.py", "LOSS_ARGS = {", 'LOSS_ARGS = {"Own": {"weight": _positive(float, 2.0)},'),
+        ("main-vicreg.py", '!= "VICLoss"', '!= "Own"'),
+    ):
+        text = (source / file).read_text()
+        assert text.count(before) == 1
+        (source / file).write_text(text.replace(before, after))
+    file = write_config(tmp_path, videos, script=SCRIPT, loss={"name": "Own"}, optimizer__num_epochs=1)
+    command = [sys.executable, "main-vicreg.py", str(file)]
+    done = subprocess.run(command, cwd=source, env={**ENV, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and all("video_spread" in line for line in lines)

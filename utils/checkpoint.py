@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import struct
 import time
 import zipfile
 import zlib
@@ -26,6 +27,20 @@ log = logging.getLogger("avssrl")
 LATEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint-previous.pth.tar"
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
 AVID_PREFIXES = {"spt_": "spatial_", "tmp_": "temporal_"}  # AVID-CMA's names of layers in a block, and ours
+OF_A_RUN = {"config", "videos", "world_size"}  # by which a state of ours is told from weights alone
+UNREADABLE = (  # what torch.load raises for bytes that torch.save did not write, in its older format anything
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    struct.error,
+)
 State = TypeVar("State")
 
 
@@ -58,10 +73,11 @@ class RunCheckpoints:
         folder: the run's.
         config: the resolved configuration.
         videos: fingerprint of the training list, to which the rows of a memory bank belong.
+        steps: of an epoch.
     """
 
-    def __init__(self, folder: Path, config: dict, videos: str) -> None:
-        self.folder, self.config, self.videos = folder, config, videos
+    def __init__(self, folder: Path, config: dict, videos: str, steps: int) -> None:
+        self.folder, self.config, self.videos, self.steps = folder, config, videos, steps
         self.file = folder / LATEST
         self._last_save = time.monotonic()
         self._latest_damaged = False
@@ -86,7 +102,7 @@ class RunCheckpoints:
                 raise UserError(f"{self.file}: no checkpoint to measure; train without test_only")
             return None
         state, path = found
-        if "videos" not in state:
+        if not state.keys() >= OF_A_RUN:
             raise UserError(
                 f"{path}: holds weights, not a run of these scripts to go on with; start from them by "
                 f"model.args.checkpoint={path} in a run of another model.name"
@@ -104,6 +120,11 @@ class RunCheckpoints:
                 "files were added, removed or renamed, and the memory bank would not fit; restore them, or give the "
                 "run another model.name"
             )
+        if state.get("steps", self.steps) != self.steps:  # older ones did not say
+            raise UserError(
+                f"{path}: on {state['world_size']} processes its epochs had {state['steps']} steps, on {world_size()} "
+                f"they have {self.steps}, for the smaller last batch does not divide among them; take another number"
+            )
         log.info("going on from %s: epoch %d, step %d", path, state["epoch"], state["step"])
         if state["world_size"] != world_size():
             log.warning("it ran on %d processes, now %d: not bit-exact from here", state["world_size"], world_size())
@@ -120,12 +141,18 @@ class RunCheckpoints:
         return any_rank(self.due()) or asked or epoch in optimizer["lr"]["milestones"]
 
     def save(self, parts: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
-        """Rank 0 saves each part's `state_dict` under its name, and the `values` (epoch, step, ...) as they are."""
+        """Rank 0 saves each part's `state_dict` under its name, and the `values` (epoch, step, ...) as they are.
+
+        Every rank must call it.
+        """
         self._last_save = time.monotonic()
+        for part in parts.values():
+            if hasattr(part, "assemble"):
+                part.assemble()
         if not is_main():
             return
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"config": self.config, "videos": self.videos, "world_size": world_size()}
+        state |= {"config": self.config, "videos": self.videos, "world_size": world_size(), "steps": self.steps}
         save(self.folder, state | values, keep_as, self._latest_damaged)
         self._latest_damaged = False
         if self.config["keep_last"]:
@@ -221,31 +248,33 @@ def _changes(stored: Mapping, now: Mapping) -> list[str]:
 def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_damaged: bool = False) -> Path:
     """Write `<folder>/checkpoint.pth.tar`: to a temporary name, flushed to disk, renamed; the one before is kept.
 
-    With `keep_as` the same file also gets that name, for good. A latest one that is known to be damaged
-    (`latest_damaged`) is overwritten, and does not take the place of the good one before it.
+    With `keep_as` a copy gets that name first, for good: a run that is killed in between makes both once more. A latest
+    one that is known to be damaged (`latest_damaged`) is overwritten, and does not take the place of the good one
+    before it.
 
     Raises:
         UserError: it could not be written (a full disk, say). The last good checkpoint is untouched.
     """
     folder = Path(folder)
-    latest, temporary = folder / LATEST, folder / (LATEST + ".tmp")
+    latest, temporary, copy = folder / LATEST, folder / (LATEST + ".tmp"), folder / (LATEST + ".copy.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as is not None:
+            shutil.copyfile(temporary, copy)
+            with copy.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(copy, folder / keep_as)
         if latest.exists() and not latest_damaged:
             os.replace(latest, folder / PREVIOUS)
         os.replace(temporary, latest)
-        if keep_as is not None:
-            shutil.copyfile(latest, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / keep_as)
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch answers a failed write with a RuntimeError
         temporary.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
         if lost_worker(error) is not None:
             raise
         reason = _one_line(_first_cause(error))
@@ -275,10 +304,10 @@ def load(path: str | Path) -> dict:
     _check_sums(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {_one_line(error)}") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than plain data and is not loaded: {_one_line(error)}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable checkpoint: {_one_line(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dict with `model`, found {type(state).__name__}")
     for part in ("model", "train_criterion"):
@@ -351,19 +380,20 @@ def recognise(state: Mapping, source: str) -> tuple[dict, str]:
     """
     weights = state.get("model", state)
     weights = unwrap_names(weights) if isinstance(weights, Mapping) else {}
+    weights = {str(name): value for name, value in weights.items()}
     if any(name.startswith("layer1.0.conv1.0") for name in weights):
         raise UserError(
             f"{source}: is a torchvision R(2+1)D (layer1.0.conv1.0 ...), which is another network: its temporal "
             "convolutions have other widths and its stem is factorised; take an AV-SSRL or AVID-CMA checkpoint"
         )
     if not any(name.startswith("video_model.") for name in weights):
-        found = ", ".join(list(weights or state)[:3]) or "nothing"
+        found = ", ".join(map(str, [*(weights or state)][:3])) or "nothing"
         raise UserError(f"{source}: expected weights called video_model.*, found {found}; not a pre-trained model")
     if any(f".{prefix}" in name for name in weights for prefix in AVID_PREFIXES):
         for prefix, ours in AVID_PREFIXES.items():
             weights = {name.replace(f".{prefix}", f".{ours}"): value for name, value in weights.items()}
         return weights, "AVID-CMA's checkpoint"
-    if "videos" in state:
+    if state.keys() >= OF_A_RUN:
         return weights, f"our checkpoint of {state['config']['model']['name']} after {state.get('epoch')} epochs"
     epoch = f" after {state['epoch']} epochs" if isinstance(state.get("epoch"), int) else ""
     return weights, f"a checkpoint in the thesis' format{epoch}"
@@ -380,6 +410,8 @@ def unwrap_names(state: Mapping) -> dict:
 
 
 def _unwrap(name: str) -> str:
+    if not isinstance(name, str):
+        return name
     for wrapper in WRAPPERS:
         name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name

@@ -337,7 +337,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-40
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-40, a thousand brackets
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
@@ -381,8 +381,8 @@ def _check_heeded(cfg: Mapping, file: str) -> None:
         for key, default in keys.items():
             if kind != classifier and flat[key] != default:
                 raise UserError(f"{file}: {key}: {flat[key]} is for {kind}, not for {classifier}; leave it out")
-    splits = {dataset[part]["split"].replace("{fold:02d}", f"{dataset['fold']:02d}") for part in ("test", "test_dense")}
-    if len(splits) > 1:
+    folds = range(1, dataset["num_folds"] + 1) if dataset["num_folds"] else [dataset["fold"]]
+    if any(len({split_of_fold(dataset[part]["split"], fold) for part in ("test", "test_dense")}) > 1 for fold in folds):
         raise UserError(
             f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests are on the videos of "
             f"dataset.test.split, {dataset['test']['split']}"
@@ -417,6 +417,18 @@ def _check_sizes(data: Mapping, file: str) -> None:
         )
 
 
+def split_of_fold(split: str, fold: int) -> str:
+    """A split's name with the fold's number for its `{fold}` or, of two digits, `{fold:02d}`.
+
+    Raises:
+        UserError: it has something else in braces.
+    """
+    try:
+        return split.format(fold=fold)
+    except (LookupError, ValueError, AttributeError, TypeError):
+        raise UserError(f"dataset split {split!r}: only {{fold}} may stand in braces") from None
+
+
 def run_folder(cfg: Mapping) -> Path:
     """Where the output of a pre-training lies: `<model_dir>/<name>`."""
     return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
@@ -439,13 +451,13 @@ def _apply(raw: dict, override: str) -> None:
         raise UserError(f"--set {override}: expected KEY=VALUE, such as dataset.batch_size=16")
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = name.split(".")
     section = raw
-    for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
+    for parent in parents:  # a copy of each section on the way: an alias in the YAML may have put it elsewhere, too
+        found = section.get(parent)
+        section[parent] = dict(found) if isinstance(found, dict) else {}
         section = section[parent]
     section[last] = value
 
@@ -508,6 +520,8 @@ def _convert(value: Any, rule: Key) -> Any:
         return number if math.isfinite(number) else None
     if rule.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, str) and "\0" in value:  # no path or name may have one
+        return None
     if isinstance(value, rule.kind) and not (rule.kind is int and isinstance(value, bool)):
         return value
     return None

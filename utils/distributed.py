@@ -222,7 +222,8 @@ def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None
 
     Nothing set: this process alone, on the GPU if there is one. `--gpu N`: on that one. torchrun and Slurm: as one of
     their processes. `--distributed` or `--multiprocessing-distributed`: one process a GPU here (without GPUs one, or
-    `--nproc`), and with `--world-size`, `--rank`, `--dist-url` this node as one of several.
+    `--nproc`), and with `--world-size`, `--rank`, `--dist-url`, or as one task a node of Slurm's, this node as one of
+    several.
 
     Raises:
         UserError: the options do not fit each other or the machine, or a process met one.
@@ -264,7 +265,7 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         raise UserError(f"--world-size {nodes}, --nproc {options.nproc}: expected 1 or more")
     many = options.distributed or (nodes or 1) > 1
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
-    slurm = not many and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
+    slurm = (nodes is None or not many) and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
     if options.gpu is not None and (many or torchrun or slurm):
         raise UserError(f"--gpu {options.gpu}: means that GPU alone; leave it out of a run of several processes")
     if torchrun:
@@ -278,7 +279,13 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if slurm:
         if options.rank is not None:
             raise UserError(f"--rank {options.rank}: Slurm says which process this is; leave it out")
-        return _plan_slurm(int(env["SLURM_STEP_NUM_TASKS"]), options.dist_url, backend)
+        task = _plan_slurm(int(env["SLURM_STEP_NUM_TASKS"]), options.dist_url, backend)
+        if task.here > 1 and options.nproc is not None:
+            raise UserError(f"--nproc {options.nproc}: Slurm started {task.here} processes here; leave it out")
+        if task.here > 1 or not options.distributed:
+            return task
+        local = _processes_here(options.nproc, gpus, backend)
+        return Processes(task.world_size * local, task.first_rank * local, local, local, 0, task.url, backend)
     if not many:
         for name, value in (("rank", options.rank), ("dist-url", nodes is None and options.dist_url)):
             if value:
@@ -292,13 +299,19 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         raise UserError(f"--world-size {nodes}: --dist-url tcp://HOST:PORT of the first node is needed")
     if not options.distributed:
         return Processes(nodes, rank_here, None, 1, 0, options.dist_url, backend)
-    local = options.nproc or gpus or 1
+    local = _processes_here(options.nproc, gpus, backend)
+    url = options.dist_url or f"tcp://127.0.0.1:{_free_port()}"
+    return Processes(nodes * local, rank_here * local, local, local, 0, url, backend)
+
+
+def _processes_here(nproc: int | None, gpus: int, backend: str) -> int:
+    """How many processes to start on this node."""
+    local = nproc or gpus or 1
     if backend == "nccl" and local > gpus:
         raise UserError(
             f"--nproc {local}: nccl takes one process a GPU, and {gpus} are visible; or --dist-backend gloo"
         )
-    url = options.dist_url or f"tcp://127.0.0.1:{_free_port()}"
-    return Processes(nodes * local, rank_here * local, local, local, 0, url, backend)
+    return local
 
 
 def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def stored_clip_outputs(
         log.info("features: read from %s", folder)
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
         return arrays, np.array(arrays.pop("readable"))
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    building = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     failures = []
 
     def note(new: list[tuple[str, str]]) -> None:
@@ -118,10 +119,11 @@ def stored_clip_outputs(
             np.save(building / "readable.npy", readable)
             (building / "failures.json").write_text(json.dumps(failures))
             (building / "meaning.json").write_text(text)
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / "meaning.json").is_file():  # half a folder, as older versions left
+                shutil.rmtree(folder, ignore_errors=True)
             try:
                 os.replace(building, folder)
-            except OSError:  # another evaluation may have made the same in the meantime
+            except OSError:  # another evaluation made the same in the meantime, and may be read
                 if not (folder / "meaning.json").is_file():
                     raise
             log.info("features: %d videos, kept in %s", readable.sum(), folder)

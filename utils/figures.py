@@ -21,8 +21,9 @@ def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
         UserError: it cannot be written, or its ending names no format that there is.
     """
     formats, ending = figure.canvas.get_supported_filetypes(), Path(file).suffix[1:].lower()
-    if ending and ending not in formats:
-        raise UserError(f"{file}: could not be drawn: no format {ending}; {allowed(ending, formats)}")
+    if ending not in formats:
+        found = f"no format {ending}; {allowed(ending, formats)}" if ending else "a name such as picture.png is needed"
+        raise UserError(f"{str(file) or 'a picture'}: could not be drawn: {found}")
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=dpi)

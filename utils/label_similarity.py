@@ -111,7 +111,10 @@ def read_labels(path: str | Path, column: str | int | None = None) -> list[str]:
 
 def _column_of(text: str, delimiter: str, column: str | int | None, path: Path) -> list[str]:
     """The cells of one column of a CSV file, without its heading. `column` as in `read_labels`."""
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    except csv.Error as error:
+        raise UserError(f"{path}: expected a CSV file: {error}") from None
     headings = [cell.strip() for cell in rows[0]] if rows else []
     if column is None:
         column = next((heading for heading in HEADINGS if heading in headings), 0)

@@ -25,7 +25,9 @@ log = logging.getLogger("avssrl")
 
 
 def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
-    """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`; other ranks warn only.
+    """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`.
+
+    Other ranks only warn, on the console or, with `quiet`, in that file.
 
     Raises:
         UserError: this process is to be the `alone` one that writes to this folder, and is not.
@@ -37,10 +39,10 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     log.propagate = False
     who = "" if is_main() else f"[rank {rank()}] "
     handlers: list[logging.Handler] = []
-    if is_main():
+    if is_main() or quiet:
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
-    if not quiet or not is_main():
+    if not quiet:
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
@@ -140,7 +142,7 @@ class MetricsWriter:
         self._kept = kept = [line for line in lines if _step_of(line) <= last] if resume_step != 0 else []
         if kept != lines:
             write_whole(self._path, "".join(line + "\n" for line in kept))
-        purge = None if resume_step is None else resume_step + 1
+        purge = resume_step + 1 if resume_step else resume_step
         self._board = SummaryWriter(folder / "tensorboard", purge_step=purge)
 
     def write(self, group: str, step: int, figures: Mapping[str, float]) -> None:

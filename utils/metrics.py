@@ -81,29 +81,29 @@ def nearest_neighbour_accuracy(
     Rows are features (items, D). Votes are counted equally; of classes with equal votes, the one with the larger sum of
     cosines wins.
     """
-    return _vote(_cosines(test, train), train_labels, test_labels, ks)
+    return _vote(cosines(test, train), train_labels, test_labels, ks)
 
 
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)) -> dict[str, float]:
     """As `nearest_neighbour_accuracy`, of each row among all the others (items, D). Items labelled -1 are left out."""
     known = labels >= 0
     features, labels = features[known], labels[known]
-    return _vote(_cosines(features, features).fill_diagonal_(-torch.inf), labels, labels, ks, room=1)
+    return _vote(cosines(features, features).fill_diagonal_(-torch.inf), labels, labels, ks, room=1)
 
 
-def _cosines(queries: Tensor, gallery: Tensor) -> Tensor:
-    """In float64: in float32 near neighbours are equally near, and the first class would win their votes."""
+def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Of rows (N, D) with rows (M, D), (N, M), in float64: in float32 near neighbours would be equally near."""
     queries, gallery = (torch.nn.functional.normalize(x.double(), dim=1) for x in (queries, gallery))
     return queries @ gallery.T
 
 
-def _vote(cosines: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
+def _vote(similarity: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
     """kNN@min(k, rows of the gallery without `room`) by cosines (queries, gallery)."""
-    ks = tuple(min(k, cosines.shape[1] - room) for k in ks)
-    cosines, nearest = cosines.topk(max(ks), dim=1)
+    ks = tuple(min(k, similarity.shape[1] - room) for k in ks)
+    similarity, nearest = similarity.topk(max(ks), dim=1)
     votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).double()
     accuracy = {}
     for k in ks:
-        tally = (votes[:, :k] * (1 + 1e-4 * cosines[:, :k, None])).sum(1)
+        tally = (votes[:, :k] * (1 + 1e-4 * similarity[:, :k, None])).sum(1)
         accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == labels).float().mean().item()
     return accuracy

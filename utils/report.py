@@ -4,7 +4,8 @@
     python3 -m utils.report curves CFG [CFG ...] [--out curves.png]
     python3 -m utils.report checkpoints/ [--form text|markdown|csv] [--out FILE]
     python3 -m utils.report concepts DIR [DIR ...] [--out concepts.png]
-    python3 -m utils.report retrieval CFG [--checkpoint FILE] [--audio-stats FILE] [--controls] [--png PNG] [--map PNG]
+    python3 -m utils.report retrieval CFG [--set KEY=VALUE] [--checkpoint FILE] [--audio-stats FILE] [--controls]
+        [--png PNG] [--map PNG]
 
 `demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
 and the nearest-neighbour accuracy of frozen video features. `curves` draws loss and held-out retrieval over the epochs,
@@ -74,6 +75,7 @@ def main() -> None:
     concepts.add_argument("--out", default="concepts.png", help="the picture; the figures go beside it as CSV")
     cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
+    cross.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     cross.add_argument("--checkpoint", help="default: the configuration's own run")
     cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
     cross.add_argument("--controls", action="store_true", help="also on still frames, and on sound out of order")
@@ -92,7 +94,7 @@ def main() -> None:
     elif args.command == "concepts":
         report_concepts(args.folders, Path(args.out))
     else:
-        report_retrieval(load_config(args.cfg, kind="pre-training"), args)
+        report_retrieval(load_config(args.cfg, args.set, "pre-training"), args)
 
 
 def report_results(folder: str, form: str, out: str | None) -> None:

@@ -21,7 +21,7 @@ from utils.evaluation import RANDOM, clip_accuracies, top_share, video_accuracie
 from utils.features import ClipOutputs, rows_of
 from utils.figures import drawable, save_figure
 from utils.files import write_whole
-from utils.metrics import nearest_neighbour_accuracy
+from utils.metrics import cosines, nearest_neighbour_accuracy
 
 log = logging.getLogger("avssrl")
 
@@ -218,8 +218,8 @@ def neighbours(
     for name in train:
         gallery, queries = train[name].mean(1), test[name][:, random:].mean(1)
         figures[name] = nearest_neighbour_accuracy(gallery, train_labels, queries, test_labels, (1, 5, 20))
-        unit = [torch.nn.functional.normalize(x, dim=1) for x in (queries, gallery)]
-        hits = train_labels[(unit[0] @ unit[1].T).argsort(1, descending=True)] == test_labels.unsqueeze(1)
+        nearest = cosines(queries, gallery).argsort(1, descending=True)
+        hits = train_labels[nearest] == test_labels.unsqueeze(1)
         figures[name] |= {f"R@{k}": 100.0 * hits[:, :k].any(1).double().mean().item() for k in (1, 5, 20)}
     return figures
 
@@ -276,7 +276,7 @@ def collect(folder: str | Path) -> list[dict]:
             log.warning("%s: no result of this project; left out", file)
             continue
         for part, feature, rate, figures in leaves:
-            if f"{rate:g}" == f"{results['learning_rate']:g}":
+            if rate == results["learning_rate"]:
                 groups.setdefault((*key, part, feature), []).append(figures)
     if not groups:
         raise UserError(f"{folder}: no results.json below it; run an evaluation first")

@@ -328,3 +328,23 @@ def test_one_clip_without_negatives_is_refused():
     alone = xID(5, 8, num_negatives=0, live_targets=True)
     with pytest.raises(UserError, match="num_negatives: 0, and a batch, or its part, of one clip"):
         alone(torch.randn(1, 8), torch.randn(1, 8), torch.tensor([2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_an_index_may_be_of_any_whole_numbers(dtype):
+    losses = []
+    for index in (torch.tensor([3, 0, 5]), torch.tensor([3, 0, 5], dtype=dtype)):
+        torch.manual_seed(0)
+        criterion = xID(8, 4, **ARGS)
+        losses.append((criterion(torch.randn(3, 4), torch.randn(3, 4), index), criterion.nce_average.view1_mem))
+    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+
+
+def test_a_builders_arguments_go_before_those_of_the_file():
+    cfg = {"name": "xID", "args": {"num_instances": 9, "embedding_dim": 4, "seed": 5, "num_epochs": 11}}
+    criterion = build_criterion(cfg)
+    assert (criterion.nce_average.seed, criterion.num_epochs, criterion.nce_average.num_instances) == (5, 11, 9)
+    criterion = build_criterion(cfg, num_instances=7, num_epochs=3, seed=0)
+    assert (criterion.nce_average.seed, criterion.num_epochs, criterion.nce_average.num_instances) == (0, 3, 7)
+    with pytest.raises(UserError, match="loss.name: unknown"):
+        build_criterion({"name": ["xID"]})

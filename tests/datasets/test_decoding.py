@@ -569,3 +569,14 @@ def assert_audio_near_whole(path, starts, block=0.002):
         assert min(errors) < max(0.01, 0.3 * np.abs(clip).max()), (path.name, start)
         if path.suffix in (".mp4", ".avi"):
             assert errors[min(reach, at)] < 2e-3, (path.name, start)
+
+
+def test_sound_at_rates_far_below_the_files(make_video, chirp, tmp_path):
+    """Of a track shorter than its filter the resampler gives nothing."""
+    path = make_video(tmp_path / "a.wav", video=False, seconds=4, audio_codec="pcm_s16le")
+    for rate, seconds in ((100, 0.05), (100, 0.1), (10, 1), (4, 2), (1, 3)):
+        assert len(read_clip(path, audio_start=0.5, audio_seconds=seconds, sample_rate=rate).waveform) == rate * seconds
+    with pytest.raises(ValueError, match="at least one sample"):
+        read_clip(path, audio_start=0.5, audio_seconds=1e-9)
+    with pytest.raises(DecodeError, match="no samples there"):
+        read_clip(path, audio_start=100.0)

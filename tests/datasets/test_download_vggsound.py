@@ -113,3 +113,12 @@ def test_without_yt_dlp_or_ffmpeg_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "yt_dlp", None)
     with pytest.raises(UserError, match="requirements-download.txt"):
         main()
+
+
+@pytest.mark.parametrize("out", ["list.csv", "/proc/no"])
+def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path, monkeypatch, out):
+    (tmp_path / "list.csv").write_text("a,1,dog,train\n")
+    monkeypatch.setattr("datasets.download_vggsound.yt_dlp_download", Site)
+    monkeypatch.setattr("sys.argv", ["download", "--csv", str(tmp_path / "list.csv"), "--out", str(tmp_path / out)])
+    with pytest.raises(UserError, match="--out .*: cannot be written"):
+        main()

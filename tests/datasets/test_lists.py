@@ -1,25 +1,25 @@
 """Which files and labels VGGSound and folders of videos have, and the statistics of their sound."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 
-from datasets import build_videos, vggsound
+from datasets import build_held_out, build_videos, vggsound
 from datasets.manifest import FILE, write_rows
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.statistics import audio_statistics
 from datasets.video_dataset import VideoList
+from tests import tiny
 from tests.datasets.test_video_dataset import RECIPE
+from utils.config import load_config
 from utils.errors import UserError
 
 
 def section(name, root, **keys):
     empty = {"list": None, "labels": None, "label_column": None, "holdout_every": None, "fold": 1}
     return {"name": name, "root": root and str(root), **empty, **keys}
-
-
-def names(videos):
-    return [videos.name(i) for i in range(len(videos))]
 
 
 @pytest.fixture
@@ -40,24 +40,24 @@ def vgg(tmp_path):
 
 def test_vggsound_takes_the_files_that_are_there(vgg):
     train = build_videos(section("vggsound", vgg), "train")
-    assert names(train) == [f"train/{n}.mp4" for n in ("--0PQM4-hqg_000030", "a_b-c_5", "odd name", "x_000010")]
+    assert train.names() == [f"train/{n}.mp4" for n in ("--0PQM4-hqg_000030", "a_b-c_5", "odd name", "x_000010")]
     assert train.classes == ("bird chirping, tweeting", "waterfall burbling", "zebra")
     assert train.labels.tolist() == [1, 0, -1, -1]
-    assert names(build_videos(section("vggsound", vgg), "test")) == ["test/y_1.mp4"]
-    assert names(build_videos(section("vggsound", vgg), "train_subset")) == names(train)
+    assert build_videos(section("vggsound", vgg), "test").names() == ["test/y_1.mp4"]
+    assert build_videos(section("vggsound", vgg), "train_subset").names() == train.names()
 
 
 def test_vggsound_subset_by_list_and_by_rule(vgg, monkeypatch):
     listed = vgg / "subset.txt"
     listed.write_text("x_10.mp4\n--0PQM4-hqg_30\nnot_there_3\n")  # with and without leading zeros and endings
     subset = build_videos(section("vggsound", vgg, list=str(listed)), "train_subset")
-    assert names(subset) == ["train/--0PQM4-hqg_000030.mp4", "train/x_000010.mp4"]
+    assert subset.names() == ["train/--0PQM4-hqg_000030.mp4", "train/x_000010.mp4"]
     monkeypatch.setattr(vggsound, "SUBSET_SIZE", 2)
-    by_rule = names(build_videos(section("vggsound", vgg), "train_subset"))
+    by_rule = build_videos(section("vggsound", vgg), "train_subset").names()
     assert len(by_rule) == 2 and by_rule == sorted(by_rule)
     (vgg / "train" / "x_000010.mp4").rename(vgg / "train" / "x_10.mp4")  # the rule looks at id and second
     assert [
-        n.replace("x_10.", "x_000010.") for n in names(build_videos(section("vggsound", vgg), "train_subset"))
+        n.replace("x_10.", "x_000010.") for n in build_videos(section("vggsound", vgg), "train_subset").names()
     ] == by_rule
 
 
@@ -82,6 +82,9 @@ def test_mistakes_in_vggsound(vgg):
     with pytest.raises(UserError, match="expected rows of id"):
         (vgg / "vggsound.csv").write_text("id,label\n")
         build_videos(section("vggsound", vgg), "train")
+    with pytest.raises(UserError, match="vggsound.csv: cannot be read: field larger"):
+        (vgg / "vggsound.csv").write_text('a,1,"dog,train\n' + 200_000 * "x")
+        build_videos(section("vggsound", vgg), "train")
 
 
 def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
@@ -92,7 +95,7 @@ def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
     (root / "b").symlink_to(elsewhere)  # a part of the data on another disk
     (root / "c").symlink_to(elsewhere)
     (elsewhere / "deep/back").symlink_to(root)
-    assert names(build_videos(section("folder", root), "all")) == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
+    assert build_videos(section("folder", root), "all").names() == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
 
 
 def test_a_video_that_could_not_be_prepared_moves_no_other_to_the_other_side(tmp_path):
@@ -102,7 +105,7 @@ def test_a_video_that_could_not_be_prepared_moves_no_other_to_the_other_side(tmp
     ]
     write_rows(tmp_path / FILE, rows)
     test, train = (build_videos(section("folder", tmp_path, holdout_every=3), split) for split in ("test", "train"))
-    assert names(test) == ["a.mp4", "d.mp4"] and names(train) == ["c.mp4", "e.mp4", "f.mp4"]
+    assert test.names() == ["a.mp4", "d.mp4"] and train.names() == ["c.mp4", "e.mp4", "f.mp4"]
 
 
 def test_a_folder_holds_out_every_nth_name(tmp_path):
@@ -114,19 +117,27 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
     keys = {"holdout_every": 2, "labels": "labels.csv"}
     test = build_videos(section("folder", tmp_path, **keys), "test")
     train = build_videos(section("folder", tmp_path, **keys, label_column="size"), "train")
-    assert names(test) == ["a/1.mp4", "b/3.MP4", "d.mkv"] and names(train) == ["a/2.avi", "c.webm"]
+    assert test.names() == ["a/1.mp4", "b/3.MP4", "d.mkv"] and train.names() == ["a/2.avi", "c.webm"]
     assert test.classes == ("blue", "red") and test.labels.tolist() == [1, -1, -1]
     assert train.classes == ("big", "small") and train.labels.tolist() == [-1, 1]
     assert len(build_videos(section("folder", tmp_path), "all")) == 5
     (tmp_path / "labels.csv").write_text("path,colour\nc.webm,blue\n")  # labels of the other split alone are no mistake
     assert build_videos(section("folder", tmp_path, **keys), "test").labels.tolist() == [-1, -1, -1]
+    (tmp_path / "labels.csv").write_text("path,colour\na/1.mp4,\nc.webm,blue\n")
+    assert build_videos(section("folder", tmp_path, labels="labels.csv"), "all").classes == ("blue",)
     (tmp_path / "labels.csv").write_text("path,colour,size\na/1.mp4,red,big\n")
+    (tmp_path / "tabs.csv").write_text("path\tcolour\na/1.mp4\tred\n")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "quote.csv").write_text('path,colour\na/1.mp4,"red\n' + 200_000 * "x")  # more than csv takes
     for keys, split, words in (
         ({}, "train", "holdout_every"),
         ({"holdout_every": 2}, "trian", "train, test, all"),
         ({"labels": "no.csv"}, "all", "no.csv"),
         ({"labels": "labels.csv", "label_column": "shape"}, "all", "path, colour, size"),
         ({"labels": "others.csv"}, "all", "names none of the videos: it has 1.mp4, the folder has a/1.mp4"),
+        ({"labels": "tabs.csv"}, "all", "columns that commas separate"),
+        ({"labels": "empty.csv"}, "all", "columns that commas separate"),
+        ({"labels": "quote.csv"}, "all", "quote.csv: expected a CSV file"),
     ):
         with pytest.raises(UserError, match=words):
             build_videos(section("folder", tmp_path, **keys), split)
@@ -159,3 +170,14 @@ def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, mak
     assert not torch.equal(other["mean"], stats["mean"])
     with pytest.raises(UserError, match="none of 1 videos could be read"):
         audio_statistics(VideoList(tmp_path, ["3.mp4"]), RECIPE, 0, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("split", "told"), [("all", "2 of 2 held-out videos are training videos, too"), ("train", "")])
+def test_held_out_videos_that_are_trained_on_are_told(tmp_path, caplog, monkeypatch, split, told):
+    monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").touch()
+    file = tiny.write_config(tmp_path, tmp_path, dataset__holdout_every=2, dataset__train__split=split)
+    cfg = load_config(file)
+    build_held_out(cfg, torch.device("cpu"), trained=build_videos(cfg["dataset"], split))
+    assert told in caplog.text and bool(told) == bool(caplog.text)

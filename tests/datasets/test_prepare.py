@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from datasets import build_videos
 from datasets.evaluation import data_fingerprint, present_videos
-from datasets.manifest import FILE, manifest_of, read_rows, write_rows
+from datasets.manifest import COLUMNS, FILE, append_rows, manifest_of, read_rows, write_rows
 from datasets.prepare import PART, main
 from datasets.video_dataset import VideoList
 from datasets.work_pool import _Worker, run_jobs
@@ -336,3 +337,15 @@ def test_a_video_list_from_a_manifest_touches_no_file(tmp_path):
     present, missing = present_videos(videos, allow_missing=False)
     assert len(present) == 500 and not missing
     assert len(np.unique(present.labels)) == 1
+
+
+def test_a_full_disk_under_the_manifest_ends_in_a_line(tmp_path):
+    rows = [dict.fromkeys(COLUMNS, "x") | {"path": name} for name in "ab"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        for write in (write_rows, lambda file, rows: list(append_rows(file, rows))):
+            with pytest.raises(UserError, match="manifest.csv: could not be written: .*File too large"):
+                write(tmp_path / FILE, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,6 +1,7 @@
 """utils.checkpoint: nothing is lost, nothing is half loaded."""
 
 import resource
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_a_part_that_a_checkpoint_lacks_is_named(tmp_path):
 def run_checkpoints(folder, **changes):
     optimizer = {"num_epochs": 5, "lr": {"milestones": [2]}}
     cfg = {"test_freq": 3, "keep_last": 0, "save_every_minutes": 60, "resume": True, "optimizer": optimizer, **changes}
-    return checkpoint.RunCheckpoints(folder, cfg, "videos")
+    return checkpoint.RunCheckpoints(folder, cfg, "videos", 10)
 
 
 def test_what_is_saved_after_an_epoch(tmp_path):
@@ -193,8 +194,54 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path, caplog):
     state = {"epoch": 1, "step": 0, "world_size": 1, "videos": "list", "config": then}
     checkpoint.save(tmp_path, state)
     with caplog.at_level("INFO", logger="avssrl"):
-        assert checkpoint.RunCheckpoints(tmp_path, now, "list").latest()["epoch"] == 1
+        assert checkpoint.RunCheckpoints(tmp_path, now, "list", 10).latest()["epoch"] == 1
     assert "loss.args.bank_dtype fp32" in caplog.text
     checkpoint.save(tmp_path, state | {"config": then | {"seed": 1}})
     with pytest.raises(UserError, match="seed was 1, is 0"):
-        checkpoint.RunCheckpoints(tmp_path, now, "list").latest()
+        checkpoint.RunCheckpoints(tmp_path, now, "list", 10).latest()
+
+
+def test_a_crash_in_the_midst_of_saving_a_milestone_loses_it_not(tmp_path, monkeypatch):
+    """What goes on from the checkpoint before makes it again; from the latest one on it would be lost."""
+    checkpoints = run_checkpoints(tmp_path)
+    checkpoints.save({}, epoch=1, step=0)
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_epoch({}, 2)
+    kept = (tmp_path / "checkpoint-ep2.pth.tar").exists()
+    assert kept or checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+def test_epochs_of_another_length_are_refused(tmp_path):
+    """By another number of processes, where the smaller last batch does not divide among them."""
+    run_checkpoints(tmp_path).save({}, epoch=1, step=9)
+    assert run_checkpoints(tmp_path).latest()["step"] == 9
+    other = run_checkpoints(tmp_path)
+    other.steps = 9
+    with pytest.raises(UserError, match="on 1 processes its epochs had 10 steps, on 1 they have 9"):
+        other.latest()
+
+
+@pytest.mark.parametrize("size", [1, 18, 0.4, 0.6, 0.9])
+def test_a_file_of_the_older_format_that_is_cut_short(tmp_path, size):
+    checkpoint.save(tmp_path, state(1))
+    (tmp_path / checkpoint.LATEST).rename(tmp_path / checkpoint.PREVIOUS)
+    latest = tmp_path / checkpoint.LATEST
+    torch.save(state(2), latest, _use_new_zipfile_serialization=False)
+    data = latest.read_bytes()
+    latest.write_bytes(data[: size if isinstance(size, int) else int(size * len(data))])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load(latest)
+    assert checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+@pytest.mark.parametrize("found", [{0: 1}, {"model": {0: 1}}, {"model": {"a": 1}, "train_criterion": {0: 1}}])
+def test_a_foreign_file_with_other_names_is_told(tmp_path, found):
+    torch.save(found, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"expected weights called video_model\.\*"):
+        checkpoint.recognise(checkpoint.load(tmp_path / "other.pth"), "other.pth")
+
+
+def test_an_entry_that_ours_have_makes_no_file_ours():
+    weights, words = checkpoint.recognise({"model": {"video_model.a": torch.ones(1)}, "videos": 5, "epoch": 3}, "x")
+    assert words == "a checkpoint in the thesis' format after 3 epochs" and list(weights) == ["video_model.a"]

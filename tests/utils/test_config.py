@@ -1,5 +1,6 @@
 """utils.config: what is refused, what is completed, and the thesis' files."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_a_ramp_is_two_epochs_in_order(ramp):
         ("dataset.spec_params.n_fft=40000", ["spec_params.n_fft", "40000", "32000"]),
         ("dataset.video_fps=.inf", ["dataset.video_fps", "a number"]),
         ("model.name=2026-13-40", ["--set model.name", "not valid YAML"]),
+        (f"model.name={1000 * '['}", ["--set model.name", "not valid YAML"]),
+        ('model.name="a\\0b"', ["model.name", "text", "'a\\x00b'"]),
         ("dataset.train=3", ["dataset.train", "section"]),
         ("resume", ["--set resume", "KEY=VALUE"]),
     ],
@@ -132,7 +135,8 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("- a\n", "mapping"), ("a: [", "YAML"), ("!!python/object:os.x {}", "YAML")]
+    ("text", "words"),
+    [("- a\n", "mapping"), ("a: [", "YAML"), ("!!python/object:os.x {}", "YAML"), ("a: " + 3000 * "[", "YAML")],
 )
 def test_files_that_are_no_configuration(tmp_path, text, words):
     file = tmp_path / "odd.yaml"
@@ -183,3 +187,30 @@ def test_a_resolved_configuration_is_a_configuration(tmp_path):
     file = tmp_path / "resolved.yaml"
     file.write_text(yaml.safe_dump(cfg))
     assert load_config(file) == cfg
+
+
+def test_an_override_changes_no_section_that_is_an_alias_of_another(tmp_path):
+    file = tmp_path / "alias.yaml"
+    raw = yaml.safe_load((REPO / "configs/ucf/8at16-linear.yaml").read_text())
+    raw["dataset"]["test_dense"]["split"] = raw["dataset"]["test"]["split"] = "testlist01"
+    raw["dataset"]["train"] = raw["dataset"]["test"]  # written once, with an alias
+    file.write_text(yaml.safe_dump(raw))
+    assert "*id" in file.read_text()
+    cfg = load_config(file, ["dataset.train.split=trainlist01", "dataset.train.clips_per_video=7"])
+    assert cfg["dataset"]["train"]["split"] == "trainlist01" and cfg["dataset"]["test"]["split"] == "testlist01"
+    assert cfg["dataset"]["test"]["clips_per_video"] == raw["dataset"]["test"].get("clips_per_video", 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "good"),
+    [
+        ("hmdb51", ["dataset.test_dense.split=test-split1"], True),
+        ("hmdb51", ["dataset.test_dense.split=test-split1", "dataset.fold=2"], False),
+        ("ucf", ["dataset.test_dense.split=testlist01"], True),
+        ("ucf", ["dataset.test_dense.split=testlist01", "dataset.num_folds=3"], False),
+        ("ucf", ["dataset.test.split=list{fold.x}"], False),
+    ],
+)
+def test_both_tests_are_on_the_same_videos_in_each_fold(file, overrides, good):
+    with nullcontext() if good else pytest.raises(UserError, match="test_dense.split|in braces"):
+        load_config(REPO / f"configs/{file}/8at16-linear.yaml", overrides)

@@ -84,9 +84,14 @@ def test_slurm(monkeypatch):
     for name, value in zip(SLURM_NODE, ("2(x3),3", "3"), strict=True):
         monkeypatch.setenv(name, value)
     assert plan_processes(options()).here == 3
-    for words in (("--gpu", "0"), ("--rank", "2"), ("--nproc", "3")):
-        with pytest.raises(UserError, match=" ".join(words)):
+    assert plan_processes(options("--distributed")) == plan_processes(options())  # a process a task, as under torchrun
+    for words in (("--gpu", "0"), ("--rank", "2"), ("--nproc", "3"), ("--nproc", "3", "--distributed")):
+        with pytest.raises(UserError, match=" ".join(words[:2])):
             plan_processes(options(*words))
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x8)")
+    plan = plan_processes(options("--distributed", "--nproc", "4"))  # a task a node, which starts four
+    assert (plan.world_size, plan.first_rank, plan.local, plan.here) == (32, 20, 4, 4)
+    assert plan.url == "tcp://gpu007:34567"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script: the options decide
     assert plan_processes(options()) is None
 

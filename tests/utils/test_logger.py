@@ -9,7 +9,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils import logger
 from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
 from utils.figures import save_figure
@@ -145,3 +147,34 @@ def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
     for name in ("file/picture.png", "picture.xyz"):
         with pytest.raises(UserError, match=f"{name}: could not be drawn"):
             save_figure(Figure(), tmp_path / name)
+
+
+def test_a_run_from_its_start_drops_the_figures_before_its_first_step_too(tmp_path):
+    for _ in range(2):  # killed before it saved
+        writer = MetricsWriter(tmp_path)
+        writer.write("retrieval", 0, {"R@10": 1.0})
+        writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("retrieval/R@10")] == [0]
+
+
+@pytest.mark.parametrize("name", ["", "picture", "picture.txt", "."])
+def test_a_picture_needs_a_name_with_an_ending(tmp_path, name):
+    with pytest.raises(UserError, match="could not be drawn"):
+        save_figure(Figure(), tmp_path / name if name else name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_quiet_ranks_warn_in_the_file_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logger, "is_main", lambda: False)
+    monkeypatch.setattr(logger, "rank", lambda: 1)
+    try:
+        for quiet in (True, False):
+            logger.setup_logging(tmp_path, quiet)
+            log.warning("of the %s", "quiet" if quiet else "loud")
+    finally:
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
+    assert "[rank 1] of the quiet" in (tmp_path / "train.log").read_text()
+    assert "of the quiet" not in (shown := capfd.readouterr()).out + shown.err and "[rank 1] of the loud" in shown.err

@@ -1,6 +1,7 @@
 """utils.results and utils.evaluation: accuracies against a slow reference, files, the table of all results."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -155,3 +156,18 @@ def test_options_may_come_before_the_folder(tmp_path, options, monkeypatch, caps
 def _empty(folder):
     (folder / "empty").mkdir()
     return folder / "empty"
+
+
+def test_near_neighbours_are_told_apart():
+    """Both figures of the nearest one are the same; in float32 these would be equally near, and the first one's."""
+    gallery = torch.ones(2000, 512, dtype=torch.float64) + 1e-5 * torch.randn(2000, 512, dtype=torch.float64)
+    labels, queries = torch.arange(2000) % 10, gallery + 1e-6 * torch.randn(2000, 512, dtype=torch.float64)
+    found = results.neighbours({"pool": gallery[:, None]}, labels, {"pool": queries[:, None]}, labels, random=0)["pool"]
+    assert found["R@1"] == found["kNN@1"] == 100
+
+
+def test_a_learning_rate_that_is_nearly_the_base_one_is_no_fold(tmp_path):
+    one = outcome(seed=1)
+    rates = {1e-4: one.logits[1e-4], 1.0000001e-4: one.logits[1e-4]}
+    results.finish_evaluation(tmp_path, facts(1), {"all": dataclasses.replace(one, logits=rates)})
+    assert [row["folds"] for row in results.collect(tmp_path)] == [1]
