@@ -228,10 +228,9 @@ class Conv2DBlock(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Initialise one module in place; for `network.apply(init_weights)`.
 
-    He normal (He et al. 2015): for ReLU, by fan out in convolutions and by fan in in linear layers, biases zero. In a
-    head this keeps the size of the signal from layer to layer, so that no bias drowns what tells clips apart; after
-    BN and ReLU (VICReg's expander) a linear layer starts with outputs of variance one, which is where VICReg's
-    variance term wants them. BN keeps weight one and bias zero.
+    He normal (He et al. 2015): for ReLU, by fan out in convolutions and by fan in in linear layers, biases zero. In
+    xID's heads this keeps the size of the signal from layer to layer, so that no bias drowns what tells clips apart.
+    BN keeps weight one and bias zero.
     """
     if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

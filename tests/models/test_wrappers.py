@@ -180,10 +180,11 @@ def test_projection_norm_standardises_each_dimension():
     assert [type(layer) for layer in plain.projection] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
 
 
-def test_expander_starts_with_unit_variance():
-    out = Expander(512, [1024, 1024, 256])(torch.randn(256, 512).relu())
-    assert 0.8 < out.std(dim=0).mean() < 1.2
-    assert out.mean(dim=0).std() < 1.0
+def test_embeddings_of_an_expander_begin_small():
+    """From a standard deviation near one VICReg takes twice as long until anything is learned."""
+    for widths in ([1024, 1024, 256], [512, 512, 512]):
+        out = Expander(512, widths)(torch.randn(256, 512).relu())
+        assert 0.25 < out.std(dim=0).mean() < 0.45
 
 
 @pytest.mark.parametrize("cfg", [small(XID, proj_norm="bn"), small(VICREG, exp_dim=[32, 32, 32])])
