@@ -29,8 +29,8 @@ class VICLoss(nn.Module):
         sim_coeff, std_coeff: 0 or above, as is the next.
         cov_coeff: the first epochs' if the next two are given.
         cov_coeff_max, cov_ramp: let it rise, by the same factor in every step, from `cov_coeff` at epoch `cov_ramp[0]`
-            to this at epoch `cov_ramp[1]`. Not in the paper: in small batches a heavy term keeps anything from being
-            learned, and under a light one a few directions carry all (notebooks/xid-on-grid.md).
+            to this at epoch `cov_ramp[1]`. Not in the paper: the heavier the term, the later anything is learned, and
+            under a light one a few directions carry all (notebooks/xid-on-grid.md).
 
     Raises:
         UserError: one of `cov_coeff_max` and `cov_ramp` without the other, or a growth from or to 0.
