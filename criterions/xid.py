@@ -130,7 +130,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         Raises:
             UserError: a batch of one clip over all ranks, and no negatives from the bank.
         """
-        q, index = self.q_at(epoch) if q is None else q, index.long()
+        q = self.q_at(epoch) if q is None else q
+        index = index.long()
         if not self.num_negatives and len(index) * world_size() < 2:
             raise UserError(
                 "loss.args.num_negatives: 0, and a batch, or its part, of one clip: nothing to tell it from; raise it, "

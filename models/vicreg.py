@@ -10,10 +10,9 @@ from models.network_blocks import check_widths
 class Expander(nn.Module):
     """Head of linear layers with BN and ReLU between them: `(N, in_dim)` to `(N, exp_dim[-1])`.
 
-    Layers keep PyTorch's initialisation, by which embeddings begin at a standard deviation of 0.3. From the 0.8 of He's
-    on, nearer to where the variance term wants them, the invariance term first draws them down to 0.2, and it takes
-    twice as long until anything is learned (notebooks/xid-on-grid.md). Raises `UserError` for an `exp_dim` that is no
-    list of widths.
+    Layers keep PyTorch's initialisation, by which embeddings begin at a standard deviation of 0.3. He's puts it at 0.8,
+    nearer to where the variance term wants it, and then it took twice as long until anything was learned
+    (notebooks/xid-on-grid.md). Raises `UserError` for an `exp_dim` that is no list of widths.
     """
 
     def __init__(self, in_dim: int, exp_dim: Sequence[int]) -> None:
