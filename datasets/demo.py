@@ -19,7 +19,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
+import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -481,7 +481,7 @@ def make(
     train = range(train_clips)
     first_test = -(-train_clips // GROUP) * GROUP  # no group is in both
     test = range(first_test, first_test + test_clips)
-    building = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    building = root.with_name(f".{root.name}.{secrets.token_hex(4)}.tmp")
     try:
         for name in CLASSES:
             (building / "videos" / name).mkdir(parents=True)

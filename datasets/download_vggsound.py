@@ -13,6 +13,7 @@ import csv
 import glob
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -115,7 +116,7 @@ def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tupl
     """One clip's fate and, if it is not there, the reason in a line."""
     target = path_of(clip, out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.stem}.{os.getpid()}.part.mp4")
+    part = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part.mp4")
     reason = ""
     clear_leftovers(target)
     for _ in range(TRIES):

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -68,7 +69,7 @@ def transcode(
         UserError: the target cannot be written, which is not the raw file's fault.
     """
     target = Path(target)
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    building = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with VideoFile(source) as file:
             building.parent.mkdir(parents=True, exist_ok=True)

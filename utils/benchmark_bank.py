@@ -16,7 +16,7 @@ from criterions import build_criterion
 from criterions.memory_bank import DTYPES
 from utils.benchmark_tools import machine, table, time_in_turns, wait, write_json
 from utils.cli import at_least
-from utils.figures import save_figure
+from utils.figures import picture, save_figure
 from utils.memory import default_device
 
 matplotlib.use("Agg")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="steps in a round")
     parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds, of which the median counts")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", metavar="FILE", help="draw step time and memory")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw step time and memory")
 
 
 def run(args: argparse.Namespace) -> None:

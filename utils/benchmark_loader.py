@@ -36,7 +36,7 @@ from utils.benchmark_tools import table, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import save_figure
+from utils.figures import picture, save_figure
 from utils.processes import cores
 
 STAGES = ("open", "seek and decode", "convert", "resize", "audio", "collate")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     parser.add_argument("--peers", action="store_true", help="torchcodec and decord too, where they are installed")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", metavar="FILE", help="draw where the time goes")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw where the time goes")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from utils.benchmark_tools import (
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import RunFailed, UserError
+from utils.figures import picture
 from utils.memory import default_device
 from utils.trial import attempt
 
@@ -73,7 +74,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-kernels", type=at_least(0), default=0, metavar="N", help="the N slowest kernels of the last row"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", metavar="FILE", help="draw clips a second")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw clips a second")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
 
 

@@ -22,7 +22,7 @@ from utils.benchmark_tools import Run, machine, table, wait, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import save_figure
+from utils.figures import picture, save_figure
 from utils.memory import default_device
 from utils.prefetch import prefetch
 from utils.trial import attempt, uncompile
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
     parser.add_argument("--json", metavar="FILE", help="write all figures, the times of each step too")
-    parser.add_argument("--png", metavar="FILE", help="draw when the host waits and queues, and the device computes")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw when host and device wait, queue and compute")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of some steps by torch.profiler, for Perfetto")
 
 

@@ -6,6 +6,7 @@
 import logging
 import os
 import pickle
+import re
 import shutil
 import struct
 import time
@@ -259,6 +260,7 @@ def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_
     latest, temporary, copy = folder / LATEST, folder / (LATEST + ".tmp"), folder / (LATEST + ".copy.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)  # of a save that was killed
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
@@ -305,7 +307,9 @@ def load(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than plain data and is not loaded: {_one_line(error)}") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found[1] if found else _one_line(error)
+        raise UserError(f"{path}: holds more than plain data and is not loaded: {what}") from None
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable checkpoint: {_one_line(error)}") from None
     if not isinstance(state, dict):

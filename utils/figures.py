@@ -1,5 +1,6 @@
 """Where reports and benchmarks leave their pictures."""
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,23 @@ def drawable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
 
 
+def picture(name: str) -> Path:
+    """A type for argparse: a file whose ending names a format that matplotlib can draw, known before any work."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats, ending = FigureCanvasBase.get_supported_filetypes(), Path(name).suffix[1:].lower()
+    if ending not in formats:
+        found = f"no format {ending}; {allowed(ending, formats)}" if ending else "a name such as picture.png is needed"
+        raise argparse.ArgumentTypeError(f"{name or 'a picture'}: could not be drawn: {found}")
+    return Path(name)
+
+
 def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
     """Save a picture, its folder made.
 
     Raises:
-        UserError: it cannot be written, or its ending names no format that there is.
+        UserError: it cannot be written.
     """
-    formats, ending = figure.canvas.get_supported_filetypes(), Path(file).suffix[1:].lower()
-    if ending not in formats:
-        found = f"no format {ending}; {allowed(ending, formats)}" if ending else "a name such as picture.png is needed"
-        raise UserError(f"{str(file) or 'a picture'}: could not be drawn: {found}")
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=dpi)

@@ -24,7 +24,9 @@ def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "str
     Raises:
         UserError: it cannot be written.
     """
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+    if not file.name:
+        raise UserError(f"{file}: could not be written: it is a folder, and a file's name is needed")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -38,7 +38,7 @@ from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config, run_folder
 from utils.errors import UserError
-from utils.figures import save_figure
+from utils.figures import picture, save_figure
 from utils.files import write_whole
 from utils.logger import percentages, read_metrics
 from utils.memory import default_device
@@ -62,37 +62,37 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="what runs on the demo data set have learned: a table and a picture")
     demo.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of finished runs")
-    demo.add_argument("--out", default="demo.png", help="the picture")
+    demo.add_argument("--out", type=picture, default="demo.png", help="the picture")
     curves = commands.add_parser("curves", help="loss and held-out retrieval of runs over their epochs: a picture")
     curves.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of runs with monitor_every above 0")
-    curves.add_argument("--out", default="curves.png", help="the picture")
+    curves.add_argument("--out", type=picture, default="curves.png", help="the picture")
     results = commands.add_parser("results", help="the accuracies of all evaluations below a folder: one table")
     results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
     results.add_argument("--form", choices=("text", "markdown", "csv"), default="text")
     results.add_argument("--out", help="a file; default: the console")
     concepts = commands.add_parser("concepts", help="unseen and seen concepts over the few-shot ratio: plots and CSV")
     concepts.add_argument("folders", metavar="DIR", nargs="+", help="such as checkpoints/")
-    concepts.add_argument("--out", default="concepts.png", help="the picture; the figures go beside it as CSV")
+    concepts.add_argument("--out", type=picture, default="concepts.png", help="picture; figures go beside it as CSV")
     cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
     cross.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     cross.add_argument("--checkpoint", help="default: the configuration's own run")
     cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
     cross.add_argument("--controls", action="store_true", help="also on still frames, and on sound out of order")
-    cross.add_argument("--png", help="a picture of videos and the sounds found for them")
-    cross.add_argument("--map", help="a picture of the embeddings by PCA and t-SNE")
+    cross.add_argument("--png", type=picture, help="a picture of videos and the sounds found for them")
+    cross.add_argument("--map", type=picture, help="a picture of the embeddings by PCA and t-SNE")
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in (*commands.choices, "-h", "--help"):
         arguments.insert(0, "results")
     args = parser.parse_args(arguments)
     if args.command == "demo":
-        report_demo([load_config(cfg, kind="pre-training") for cfg in args.cfgs], Path(args.out))
+        report_demo([load_config(cfg, kind="pre-training") for cfg in args.cfgs], args.out)
     elif args.command == "curves":
-        report_curves([load_config(cfg, kind="pre-training") for cfg in args.cfgs], Path(args.out))
+        report_curves([load_config(cfg, kind="pre-training") for cfg in args.cfgs], args.out)
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
     elif args.command == "concepts":
-        report_concepts(args.folders, Path(args.out))
+        report_concepts(args.folders, args.out)
     else:
         report_retrieval(load_config(args.cfg, args.set, "pre-training"), args)
 

@@ -23,6 +23,7 @@ from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import STATUS, Preempted, RunFailed, UserError
 from utils.evaluation import RANDOM, benchmark_folder
+from utils.figures import picture
 from utils.logger import duration
 
 SCRIPT = Path(__file__).resolve().parents[1] / "eval-action-recg-linear.py"
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     parser.add_argument("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change every MODEL_CFG")
     parser.add_argument("--anew", action="store_true", help="train every classifier again")
-    parser.add_argument("--out", default="concepts.png", help="the picture; the figures go beside it as CSV")
+    parser.add_argument("--out", type=picture, default="concepts.png", help="picture; the figures go beside it as CSV")
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
@@ -73,7 +74,7 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
             raise Preempted(f"stopped by a signal; run it again{' without --anew' * args.anew} to go on")
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
-    report_concepts(folders, Path(args.out))
+    report_concepts(folders, args.out)
 
 
 class Child:

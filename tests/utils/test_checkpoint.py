@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
 def test_only_plain_data_is_read(tmp_path):
     path = tmp_path / "evil.pth.tar"
     torch.save({"model": nn.Linear(1, 1)}, path)
-    with pytest.raises(UserError, match="more than plain data"):
+    with pytest.raises(UserError, match="more than plain data and is not loaded: torch.nn.modules.linear.Linear$"):
         checkpoint.load(path)
 
 
@@ -210,6 +210,12 @@ def test_a_crash_in_the_midst_of_saving_a_milestone_loses_it_not(tmp_path, monke
         checkpoints.save_epoch({}, 2)
     kept = (tmp_path / "checkpoint-ep2.pth.tar").exists()
     assert kept or checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+def test_the_half_copy_of_a_killed_run_does_not_stay(tmp_path):
+    (tmp_path / f"{checkpoint.LATEST}.copy.tmp").write_bytes(b"half")
+    checkpoint.save(tmp_path, state(1))
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LATEST]
 
 
 def test_epochs_of_another_length_are_refused(tmp_path):
