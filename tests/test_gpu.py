@@ -17,7 +17,7 @@ from torch import nn
 from tests.tiny import PYTHONPATH, REPO, differences, needs_gpu, run, write_config
 from tests.tiny_evaluation import make_ucf, write_evaluation
 from utils import checkpoint
-from utils.benchmark_forms import Form, Step, synthetic_batch
+from utils.benchmark.forms import Form, Step, synthetic_batch
 from utils.config import load_config
 from utils.distributed import wrap
 from utils.stopping import NonFiniteGuard, RunFailed

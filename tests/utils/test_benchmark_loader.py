@@ -12,8 +12,8 @@ import torch
 from datasets.transcode import transcode
 from datasets.video_dataset import ClipRecipe
 from tests import tiny
-from utils import benchmark
-from utils.benchmark_loader import Stopwatch, draw_clip, read_ours, read_plain
+from utils.benchmark import __main__ as benchmark
+from utils.benchmark.loader import Stopwatch, draw_clip, read_ours, read_plain
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -113,7 +113,7 @@ def test_private_memory_grows_with_what_is_written():
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("private memory is read from Linux's /proc")
     child = (  # a new process has no freed memory to take again
-        "import os, numpy as np; from utils.benchmark_loader import private_memory; "
+        "import os, numpy as np; from utils.benchmark.loader import private_memory; "
         "before = private_memory(os.getpid()); block = np.ones(50_000_000, np.uint8); "
         "print(private_memory(os.getpid()) - before)"
     )

@@ -13,10 +13,10 @@ from criterions.memory_bank import MemoryBank
 from models.network_blocks import StemConv
 from models.video import R2Plus1d
 from tests.tiny import REPO, needs_gpu
-from utils import benchmark
-from utils.benchmark_forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
-from utils.benchmark_step import first_calls
-from utils.benchmark_tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
+from utils.benchmark import __main__ as benchmark
+from utils.benchmark.forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
+from utils.benchmark.step import first_calls
+from utils.benchmark.tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
 from utils.config import load_config
 from utils.errors import RunFailed
 from utils.memory import keep_freed_memory
@@ -158,7 +158,7 @@ def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsy
 def test_bank_writes_what_it_promises(monkeypatch, tmp_path, capsys):
     files = ("--json", tmp_path / "a.json", "--png", tmp_path / "a.png")
     words = ("--instances", 50, 300, 10_000_000, "--dim", 16, "--negatives", 8, "--steps", 1, "--rounds", 1)
-    monkeypatch.setattr("utils.benchmark_bank._free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("utils.benchmark.bank._free_memory", lambda device: 10_000_000)
     command(monkeypatch, "bank", *words, *files)
     report = json.loads((tmp_path / "a.json").read_text())
     sizes = [(row["instances"], row["dtype"], row["gb"]) for row in report["rows"]]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import tiny
-from utils import benchmark
+from utils.benchmark import __main__ as benchmark
 from utils.errors import UserError
 
 

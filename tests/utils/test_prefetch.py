@@ -9,7 +9,7 @@ from criterions import build_criterion
 from datasets.preprocessing import BatchPrep
 from models import build_model
 from tests.tiny import REPO, needs_gpu
-from utils.benchmark_forms import synthetic_batch
+from utils.benchmark.forms import synthetic_batch
 from utils.config import load_config
 from utils.distributed import wrap
 from utils.logger import StepClock

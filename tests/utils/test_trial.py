@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from datasets.preprocessing import VideoPrep
-from utils.benchmark_forms import Form
-from utils.benchmark_step import first_calls
+from utils.benchmark.forms import Form
+from utils.benchmark.step import first_calls
 from utils.distributed import wrap
 from utils.frozen import FrozenEncoder
 from utils.trial import attempt, try_compiled

@@ -14,7 +14,7 @@ import torch
 
 from criterions import build_criterion
 from criterions.memory_bank import DTYPES
-from utils.benchmark_tools import machine, table, time_in_turns, wait, write_json
+from utils.benchmark.tools import machine, table, time_in_turns, wait, write_json
 from utils.cli import at_least
 from utils.figures import picture, save_figure
 from utils.memory import default_device

@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 import matplotlib
@@ -242,5 +242,9 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
 
 
 def write_json(file: str | Path, report: dict) -> None:
-    """The report as JSON; dataclasses as dicts."""
-    write_whole(Path(file), json.dumps(report, indent=1, default=asdict) + "\n")
+    """The report as JSON; dataclasses as dicts, paths as text."""
+
+    def plain(value: object) -> object:
+        return asdict(value) if is_dataclass(value) else str(value)
+
+    write_whole(Path(file), json.dumps(report, indent=1, default=plain) + "\n")

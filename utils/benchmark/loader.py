@@ -31,8 +31,8 @@ from datasets.video_dataset import (
     collate,
     make_loader,
 )
-from utils.benchmark_peers import installed
-from utils.benchmark_tools import table, write_json
+from utils.benchmark.peers import installed
+from utils.benchmark.tools import table, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError

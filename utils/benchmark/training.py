@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from datasets import build_training
-from utils.benchmark_forms import Step, forms_of
-from utils.benchmark_step import check_finite
-from utils.benchmark_tools import Run, machine, table, wait, write_json
+from utils.benchmark.forms import Step, forms_of
+from utils.benchmark.step import check_finite
+from utils.benchmark.tools import Run, machine, table, wait, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError

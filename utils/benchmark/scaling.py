@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from utils.benchmark_forms import Step, forms_of, synthetic_batch
-from utils.benchmark_tools import CollectiveCounter, machine, table, time_in_turns, write_json
+from utils.benchmark.forms import Step, forms_of, synthetic_batch
+from utils.benchmark.tools import CollectiveCounter, machine, table, time_in_turns, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.distributed import is_main, launch, rank, world_size

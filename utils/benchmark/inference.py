@@ -11,8 +11,8 @@ from torch import Tensor
 
 from datasets.preprocessing import VideoPrep
 from models.video import R2Plus1d
-from utils.benchmark_forms import Form, in_3d
-from utils.benchmark_step import add_measuring_arguments, configured, first_calls, measure_and_report
+from utils.benchmark.forms import Form, in_3d
+from utils.benchmark.step import add_measuring_arguments, configured, first_calls, measure_and_report
 from utils.cli import at_least
 from utils.compiling import compiles
 from utils.memory import default_device, keep_freed_memory

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.benchmark_forms import Form, Step, forms_of, synthetic_batch
-from utils.benchmark_tools import (
+from utils.benchmark.forms import Form, Step, forms_of, synthetic_batch
+from utils.benchmark.tools import (
     Run,
     Timing,
     bar_chart,

@@ -12,28 +12,23 @@ All but the data of the last two are synthetic. Every figure is measured in the 
 
 import argparse
 
-from utils import (
-    benchmark_bank,
-    benchmark_inference,
-    benchmark_loader,
-    benchmark_scaling,
-    benchmark_step,
-    benchmark_training,
-)
+from utils.benchmark import bank, inference, loader, scaling, step, training
 from utils.cli import run_script
 
 COMMANDS = {  # each a module with add_arguments(parser) and run(args)
-    "step": benchmark_step,
-    "inference": benchmark_inference,
-    "scaling": benchmark_scaling,
-    "bank": benchmark_bank,
-    "loader": benchmark_loader,
-    "training": benchmark_training,
+    "step": step,
+    "inference": inference,
+    "scaling": scaling,
+    "bank": bank,
+    "loader": loader,
+    "training": training,
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m utils.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__))

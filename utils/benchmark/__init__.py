@@ -1,0 +1,1 @@
+"""Benchmarks: `python3 -m utils.benchmark --help`. Nothing else imports them."""
