@@ -94,16 +94,16 @@ def evaluate_fold(
     evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
 
     stage("Features")
-    num_epochs, few = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
-    final, even = cfg["dataset"]["test"]["final_clips_per_video"], cfg["dataset"]["test_dense"]["clips_per_video"]
-    random = max(few, final)  # fewer are the first ones of more
-    counted = [*range(final), *range(random, random + even)]  # clips, in the final test
+    num_epochs, num_quick = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
+    num_final, num_dense = evaluation.final_clips(cfg)
+    num_random = max(num_quick, num_final)  # made once; a test of fewer takes the first of them
+    in_final_test = [*range(num_final), *range(num_random, num_random + num_dense)]
     views, tests = None, None
     if cfg["feature_views"]:
         augment = cfg["dataset"]["train"]["use_augmentation"]
-        views = clip_features(cfg, data.train, encoder, failures, stop, augment, random=cfg["feature_views"])
+        views = clip_features(cfg, data.train, encoder, failures, stop, augment, num_random=cfg["feature_views"])
     if not drifts:
-        tests = clip_features(cfg, data.test, encoder, failures, stop, random=random, even=even)
+        tests = clip_features(cfg, data.test, encoder, failures, stop, num_random=num_random, num_dense=num_dense)
 
     writer, outcome = MetricsWriter(folder, None if states else 0), {}
     for part in data.parts:
@@ -138,23 +138,25 @@ def evaluate_fold(
             if is_main():
                 figures = mean_losses(history)
                 if tests is not None:
-                    figures |= quick_test(probe.logits, tests, part.test, part.test_labels, few)
+                    figures |= quick_test(probe.logits, tests, part.test, part.test_labels, num_quick)
                 log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
                 writer.write(part.name, probe.epoch, figures)
             stored.save(part.name, **probe.state_dict(), drift=encoder.drift(), failures=failures.names)
             if stopping:
-                stop.leave(f"{part.name}, epoch {probe.epoch}")
+                raise stop.preempted(f"{part.name}, epoch {probe.epoch}")
 
-        clips = tests or clip_features(cfg, data.test, encoder, failures, stop, random=random, even=even)
+        clips = tests or clip_features(
+            cfg, data.test, encoder, failures, stop, num_random=num_random, num_dense=num_dense
+        )
         if is_main():
             features, present = rows_of(clips, part.test)
-            features, labels = {name: x[:, counted] for name, x in features.items()}, part.test_labels[present]
+            features, labels = {name: x[:, in_final_test] for name, x in features.items()}, part.test_labels[present]
             trained = probe.epoch, num_epochs
-            outcome[part.name] = Outcome(part.classes, labels, probe.logits(features), final, trained)
+            outcome[part.name] = Outcome(part.classes, labels, probe.logits(features), num_final, trained)
             if views:
                 train_features, train_present = rows_of(views, part.train)
                 train_labels = part.train_labels[train_present]
-                outcome[part.name].neighbours = neighbours(train_features, train_labels, features, labels, final)
+                outcome[part.name].neighbours = neighbours(train_features, train_labels, features, labels, num_final)
     writer.close()
     hash_after = encoder.check()
     if not is_main():
@@ -175,8 +177,8 @@ def clip_features(
     failures: evaluation.Failures,
     stop: StopSignal,
     augment: bool = False,
-    random: int = 0,
-    even: int = 0,
+    num_random: int = 0,
+    num_dense: int = 0,
 ) -> ClipOutputs:
     """Features of clips of every video (see `VideoClips`), kept in the cache unless the encoder drifts."""
     chunk, precision = cfg["dataset"]["batch_size"], Precision(cfg["precision"], encoder.device).name
@@ -186,11 +188,11 @@ def clip_features(
         "precision": precision,
         "videos": data_fingerprint(videos),
         "recipe": asdict(ClipRecipe.from_config(cfg["dataset"], augment)),
-        "clips": [cfg["seed"], random, even],
+        "clips": [cfg["seed"], num_random, num_dense],
     }
 
     def batches() -> Iterator[dict]:
-        return stop.watch(build_video_clips(cfg, videos, encoder.device, augment, random, even))
+        return stop.watch(build_video_clips(cfg, videos, encoder.device, augment, num_random, num_dense))
 
     if encoder.drifts:
         return clip_outputs(encoder, batches(), len(videos), chunk, failures)

@@ -30,7 +30,7 @@ from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles, for_batch
 from utils.distributed import gather_objects, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
-from utils.features import ClipOutputs, clip_outputs, rows_of
+from utils.features import clip_outputs, rows_of
 from utils.frozen import tensor_hash
 from utils.logger import (
     MetricsWriter,
@@ -139,18 +139,6 @@ def fine_tune(
     data, schedule = cfg["dataset"], cfg["optimizer"]
     warmup = schedule["warmup_epochs"] if schedule["warmup_classifier"] else 0
     num_epochs = warmup + schedule["num_epochs"]
-    random, even = data["test"]["final_clips_per_video"], data["test_dense"]["clips_per_video"]
-
-    def test_clips(random: int, even: int) -> ClipOutputs:
-        """Logits of clips of each test video, by all ranks."""
-
-        def logits(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
-            with precision.autocast():
-                return {"logits": model.forward(prepare.forward(frames.to(device)))}  # not (): nothing is compiled
-
-        model.eval()
-        loader = build_video_clips(cfg, test, device, random=random, even=even)
-        return clip_outputs(logits, stop.watch(loader), len(test), data["batch_size"], failures)
 
     def classify(batch: dict, keep: Tensor) -> Tensor:
         """Logits of a training batch under a dropout, as `ClassificationWrapper.draw_dropout` draws it."""
@@ -210,7 +198,6 @@ def fine_tune(
                         loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
             loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
             precision.backward(loss)
-            precision.gradient_norm(optimizer)
             precision.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
             averages.add({"loss": loss})
@@ -226,24 +213,53 @@ def fine_tune(
                 log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), in_words(figures))
                 if stopping:
                     save(epoch, step + 1, warming)
-                    stop.leave(f"{part.name}, epoch {epoch + 1}, step {step + 1}")
+                    raise stop.preempted(f"{part.name}, epoch {epoch + 1}, step {step + 1}")
                 clock.restart()
 
         start_step, done = 0, epoch + 1
         if done % cfg["test_freq"] == 0 or done == num_epochs:
             save(done, 0, warming)
         if done % cfg["test_freq"] == 0 and done < num_epochs:
-            outputs, present = rows_of(test_clips(data["test"]["clips_per_video"], 0), torch.arange(len(test)))
+            num_quick = data["test"]["clips_per_video"]
+            logits, present = test_logits(device, cfg, model, test, failures, stop, num_quick)
             if is_main():
-                figures = evaluation.clip_accuracies(outputs["logits"], part.test_labels[present])
+                figures = evaluation.clip_accuracies(logits, part.test_labels[present])
                 writer.write(f"{part.name} test", done * batches.steps, figures)
                 log.info("after epoch %d: %s", done, in_words(figures))
 
-    outputs, present = rows_of(test_clips(random, even), torch.arange(len(test)))
+    num_final, num_dense = evaluation.final_clips(cfg)
+    logits, present = test_logits(device, cfg, model, test, failures, stop, num_final, num_dense)
     if not is_main():
         return None
-    by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: outputs["logits"]}}
-    return Outcome(part.classes, part.test_labels[present], by_rate, random, (last_epoch, num_epochs))
+    by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: logits}}
+    return Outcome(part.classes, part.test_labels[present], by_rate, num_final, (last_epoch, num_epochs))
+
+
+def test_logits(
+    device: torch.device,
+    cfg: dict,
+    model: ClassificationWrapper,
+    test: VideoList,
+    failures: evaluation.Failures,
+    stop: StopSignal,
+    num_random: int,
+    num_dense: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (videos, clips, classes) of the test videos that could be read, by all ranks, on rank 0; and which could.
+
+    The clips are those of `VideoClips`.
+    """
+    precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
+
+    def forward(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
+        with precision.autocast():
+            return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): its last batch is smaller
+
+    model.eval()
+    loader = build_video_clips(cfg, test, device, num_random=num_random, num_dense=num_dense)
+    clips = clip_outputs(forward, stop.watch(loader), len(test), cfg["dataset"]["batch_size"], failures)
+    outputs, present = rows_of(clips, torch.arange(len(test)))
+    return outputs.get("logits", torch.empty(0)), present
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     if start_step == 0:
         monitor.record(writer, start_epoch, start_epoch * batches.steps)
         if stop.on_any_rank():
-            stop.leave()
+            raise stop.preempted()
     averages, clock = Averages(), StepClock()
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
@@ -177,7 +177,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 if stopping or (not last_step and any_rank(checkpoints.due())):
                     checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
                 if stopping:
-                    stop.leave(f"epoch {epoch + 1}, step {step + 1}")
+                    raise stop.preempted(f"epoch {epoch + 1}, step {step + 1}")
                 clock.restart()
 
         start_step, done = 0, epoch + 1
@@ -188,7 +188,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         if stop.on_any_rank():
             if not saved:
                 checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
-            stop.leave(f"epoch {done}")
+            raise stop.preempted(f"epoch {done}")
 
     writer.close()
     log.info("%d epochs done; the model is in %s", num_epochs, checkpoints.file)

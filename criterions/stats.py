@@ -26,3 +26,13 @@ def effective_dims(unit: torch.Tensor) -> torch.Tensor:
     gram = centred @ centred.T  # has the covariance's eigenvalues but for a factor
     tiny = torch.finfo(gram.dtype).tiny
     return gram.diagonal().sum().square() / gram.square().sum().clamp_min(tiny)
+
+
+def spread_and_dims(video: torch.Tensor, audio: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Both of unit video and audio embeddings `(N, D)`, by the names of the log: what a criterion's `stats` hold."""
+    return {
+        "video_spread": spread(video),
+        "audio_spread": spread(audio),
+        "video_dims": effective_dims(video),
+        "audio_dims": effective_dims(audio),
+    }

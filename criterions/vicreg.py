@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from criterions.stats import effective_dims, spread
+from criterions.stats import spread_and_dims
 from utils.distributed import gather_with_grad, world_size
 from utils.errors import UserError
 
@@ -122,8 +122,5 @@ def _measure(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     return {
         "pos_cos": positive,
         "neg_cos": negative,
-        "video_spread": spread(x),
-        "audio_spread": spread(y),
-        "video_dims": effective_dims(x),
-        "audio_dims": effective_dims(y),
+        **spread_and_dims(x, y),
     }

@@ -11,7 +11,7 @@ from torch import nn
 from criterions.memory_bank import MemoryBank
 from criterions.rince import RINCE
 from criterions.sharded_bank import ShardedMemoryBank
-from criterions.stats import effective_dims, spread
+from criterions.stats import spread_and_dims
 from utils.distributed import gather, gather_with_grad, is_main, world_size
 from utils.errors import UserError
 
@@ -142,15 +142,13 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         with torch.autocast(video_emb.device.type, enabled=False):
             video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
             negatives, own = bank.sample_negatives(index, self.num_negatives), bank.own_rows(index)
-            v2a = self._cosines(video, index, own["audio"], negatives, "audio", epoch)
-            a2v = self._cosines(audio, index, own["video"], negatives, "video", epoch)
-            if self.live_targets:
-                v2a, a2v = _with_batch(video, audio, index, v2a), _with_batch(audio, video, index, a2v)
-            losses = [self.rince(pos / self.temperature, neg / self.temperature, q) for pos, neg in (v2a, a2v)]
-            self.stats = self._measure(video, audio, v2a, a2v) | {"q": video.new_full((), q, dtype=torch.float64)}
+            v2a = self._cosines(video, audio, index, own["audio"], negatives, "audio", epoch)
+            a2v = self._cosines(audio, video, index, own["video"], negatives, "video", epoch)
+            self.stats = _measure(v2a, a2v) | spread_and_dims(video, audio)
+            self.stats["q"] = video.new_full((), q, dtype=torch.float64)
             if self.training:
                 bank.update(index, video, audio, self.momentum)
-            return (losses[0] + losses[1]) / 2
+            return (self._rince_of(*v2a, q) + self._rince_of(*a2v, q)) / 2
 
     def assemble(self) -> None:
         """Before rank 0 saves, every rank calls this: the others hand it their parts of a bank in shards."""
@@ -160,43 +158,45 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
     def _cosines(
         self,
         query: torch.Tensor,
+        live: torch.Tensor,
         index: torch.Tensor,
         own: torch.Tensor,
-        negatives: torch.Tensor,
+        drawn: torch.Tensor,
         target: str,
         epoch: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines of unit queries (N, D) with their own row (N, 1) and with random, then hard negatives (N, K)."""
-        positive = _dot(query, own[:, None])
-        negative = _dot(query, self.nce_average.drawn_rows(target, negatives))
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cosines of unit queries (N, D) with their positives (N, 1), and with each kind of negatives (N, K).
+
+        Args:
+            live: (N, D) the clips' embeddings of the other modality; `own`: (N, D) their rows in its bank, `target`.
+            index: (N,) the clips' instances; `drawn`: (N, K) random other ones.
+        """
+        bank, negatives = self.nce_average, {}
+        if self.num_negatives:
+            negatives["random"] = _dot(query, bank.drawn_rows(target, drawn))
         if self.hard is not None and epoch >= self.hard_neg_epoch:
-            mixed = self.nce_average.synthetic_negatives(query, index, target, *self.hard)
-            negative = torch.cat([negative, _dot(query, mixed)], dim=1)
-        return positive, negative
+            negatives["hard"] = _dot(query, bank.synthetic_negatives(query, index, target, *self.hard))
+        if not self.live_targets:
+            return _dot(query, own[:, None]), negatives
+        same = index[:, None] == gather(index)
+        negatives["live"] = _dot(query, gather_with_grad(live)[None]).masked_fill(same, -torch.inf)
+        return _dot(query, live[:, None]), negatives
 
-    @torch.no_grad()
-    def _measure(self, video: torch.Tensor, audio: torch.Tensor, v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
-        # random ones come first, live ones last, and hard ones between them
-        wanted = slice(self.num_negatives) if self.num_negatives else slice(-len(video) * world_size(), None)
-        negatives = torch.stack([cosines[:, wanted] for _, cosines in (v2a, a2v)])
-        there = negatives > -torch.inf  # a clip's own among the live ones is left out
-        return {
-            "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
-            "neg_cos": negatives.where(there, 0).sum() / there.sum().clamp_min(1),
-            "video_spread": spread(video),
-            "audio_spread": spread(audio),
-            "video_dims": effective_dims(video),
-            "audio_dims": effective_dims(audio),
-        }
+    def _rince_of(self, positive: torch.Tensor, negatives: dict[str, torch.Tensor], q: float) -> torch.Tensor:
+        negative = torch.cat(list(negatives.values()), dim=1)
+        return self.rince(positive / self.temperature, negative / self.temperature, q)
 
 
-def _with_batch(
-    query: torch.Tensor, target: torch.Tensor, index: torch.Tensor, cosines: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines with a clip's own live target (N, 1) as positives; those with other instances' join the negatives."""
-    same = index[:, None] == gather(index)
-    live = _dot(query, gather_with_grad(target)[None]).masked_fill(same, -torch.inf)
-    return _dot(query, target[:, None]), torch.cat([cosines[1], live], dim=1)
+@torch.no_grad()
+def _measure(v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
+    """Mean cosines, over both directions, of positives and of random negatives, or, without these, of live ones."""
+    kind = "random" if "random" in v2a[1] else "live"
+    negatives = torch.stack([v2a[1][kind], a2v[1][kind]])
+    there = negatives > -torch.inf  # a clip's own among the live ones is left out
+    return {
+        "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
+        "neg_cos": negatives.where(there, 0).sum() / there.sum().clamp_min(1),
+    }
 
 
 def _dot(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

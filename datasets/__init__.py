@@ -199,11 +199,11 @@ def training_batches(cfg: dict, clips: int, rank: int = 0, world_size: int = 1) 
 
 
 def build_video_clips(
-    cfg: dict, videos: VideoList, device: torch.device, augment: bool = False, random: int = 0, even: int = 0
+    cfg: dict, videos: VideoList, device: torch.device, augment: bool = False, num_random: int = 0, num_dense: int = 0
 ) -> DataLoader:
     """This rank's loader of all clips of its share of the videos, about `batch_size` clips a step over all ranks."""
-    clips = VideoClips(videos, ClipRecipe.from_config(cfg["dataset"], augment), cfg["seed"], random, even)
-    step = max(world_size(), cfg["dataset"]["batch_size"] // (random + even))
+    clips = VideoClips(videos, ClipRecipe.from_config(cfg["dataset"], augment), cfg["seed"], num_random, num_dense)
+    step = max(world_size(), cfg["dataset"]["batch_size"] // (num_random + num_dense))
     batches = SharedBatches(len(videos), step, rank(), world_size())
     return make_loader(clips, _workers(cfg), device, batch_sampler=batches, collate_fn=collate_readable)
 

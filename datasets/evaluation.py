@@ -84,15 +84,17 @@ class FreshClips(Dataset):
 class VideoClips(Dataset):
     """All the clips that an evaluation asks of a video, cut from one pass over its file.
 
-    A sample holds `frames` (random + even, T, H, W, 3): first `random` clips at random times, which depend on
-    (seed, video) alone and of which fewer are the first ones of more; then `even` clips evenly over the whole video.
-    By the recipe they are cropped in the centre, or, with its `augment`, at random and with a `video_aug` (clips, 5).
+    A sample holds `frames` (num_random + num_dense, T, H, W, 3): first clips at random times, which depend on (seed,
+    video) alone and of which fewer are the first ones of more; then clips evenly over the whole video. By the recipe
+    they are cropped in the centre, or, with its `augment`, at random and with a `video_aug` (clips, 5).
     A video that cannot be decoded gives only `index` and `failures`.
     """
 
-    def __init__(self, videos: VideoList, recipe: ClipRecipe, seed: int, random: int = 0, even: int = 0) -> None:
+    def __init__(
+        self, videos: VideoList, recipe: ClipRecipe, seed: int, num_random: int = 0, num_dense: int = 0
+    ) -> None:
         self.videos, self.recipe, self.seed = videos, recipe, seed
-        self.random, self.even = random, even
+        self.num_random, self.num_dense = num_random, num_dense
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -105,9 +107,9 @@ class VideoClips(Dataset):
         try:
             with VideoFile(self.videos.path(index)) as file:
                 span = file.span("video")
-                starts = [sampling.anywhere(span, recipe.video_seconds, rng) for _ in range(self.random)]
-                if self.even:
-                    starts += sampling.evenly(span, recipe.video_seconds, self.even)
+                starts = [sampling.anywhere(span, recipe.video_seconds, rng) for _ in range(self.num_random)]
+                if self.num_dense:
+                    starts += sampling.evenly(span, recipe.video_seconds, self.num_dense)
                 if recipe.augment:
                     # from 1 on: zeros at the end of a seed change nothing, and the starts have (seed, index)
                     clip_rngs = [np.random.default_rng((self.seed, index, clip + 1)) for clip in range(len(starts))]

@@ -58,6 +58,11 @@ def folds(cfg: dict) -> list[int]:
     return list(range(1, data["num_folds"] + 1)) if data["num_folds"] else [data["fold"]]
 
 
+def final_clips(cfg: dict) -> tuple[int, int]:
+    """Clips a video in the final test: at random times, for Clip@k, and evenly over the video, for Video@k."""
+    return cfg["dataset"]["test"]["final_clips_per_video"], cfg["dataset"]["test_dense"]["clips_per_video"]
+
+
 def variant(args: argparse.Namespace, cfg: dict) -> str:
     """What sets an evaluation apart from the plain one of its YAML, as a folder's name; empty for the plain one."""
     parts = []

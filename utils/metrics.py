@@ -42,7 +42,12 @@ class Averages:
 
 
 def collapse_warning(figures: Mapping[str, float]) -> str | None:
-    """What to tell when embeddings have collapsed, which a falling loss does not show; None when they have not."""
+    """What to tell when embeddings have collapsed, which a falling loss does not show; None when they have not.
+
+    None, too, where a criterion of one's own does not measure them.
+    """
+    if not figures.keys() >= {"video_spread", "audio_spread", "pos_cos", "neg_cos"}:
+        return None
     spread = min(figures["video_spread"], figures["audio_spread"])
     if spread < SPREAD_WARNING:
         return (

@@ -116,7 +116,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
 
 @dataclass
 class Outcome:
-    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `random` at random times.
+    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `num_random` at random times.
 
     `epochs` are those that the classifier was trained for, and those that were asked for.
     """
@@ -124,15 +124,15 @@ class Outcome:
     classes: Sequence[str]
     labels: Tensor
     logits: Mapping[float, Mapping[str, Tensor]]
-    random: int
+    num_random: int
     epochs: tuple[int, int]
     neighbours: Mapping[str, Mapping[str, float]] | None = None
 
     def accuracies(self, logits: Tensor) -> dict[str, float]:
         """Clip@k, Video@k in percent, and the numbers of clips and videos behind them."""
-        clips, even = logits[:, : self.random], logits[:, self.random :]
-        counts = {"clips": clips[..., 0].numel(), "clips_in_video_mode": even[..., 0].numel(), "videos": len(logits)}
-        return clip_accuracies(clips, self.labels) | video_accuracies(even, self.labels) | counts
+        clips, dense = logits[:, : self.num_random], logits[:, self.num_random :]
+        counts = {"clips": clips[..., 0].numel(), "clips_in_video_mode": dense[..., 0].numel(), "videos": len(logits)}
+        return clip_accuracies(clips, self.labels) | video_accuracies(dense, self.labels) | counts
 
 
 def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outcome]) -> dict:
@@ -151,8 +151,8 @@ def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outco
         }
         for feature, logits in outcome.logits[facts["learning_rate"]].items():
             name = feature if part == "all" else f"{part}-{feature}"
-            clips, even = logits[:, : outcome.random], logits[:, outcome.random :]
-            write_classes(folder, name, outcome.classes, clips, even, outcome.labels)
+            clips, dense = logits[:, : outcome.num_random], logits[:, outcome.num_random :]
+            write_classes(folder, name, outcome.classes, clips, dense, outcome.labels)
     base = {part: by_rate[repr(facts["learning_rate"])] for part, by_rate in rates.items()}
     near = {part: outcome.neighbours for part, outcome in outcomes.items() if outcome.neighbours}
     results = {"results": base.get("all", base), **facts, "learning_rates": rates, "neighbours": near.get("all", near)}
@@ -206,17 +206,17 @@ def quick_test(
 
 
 def neighbours(
-    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor, random: int
+    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor, num_random: int
 ) -> dict[str, dict[str, float]]:
     """Nearest training videos of the test videos, by cosine, for each feature: figures in percent, k = 1, 5, 20.
 
     kNN@k is the accuracy of the majority of the k nearest, R@k the share of test videos with one of their class among
     them. A training video is the mean of its views (videos, views, D), a test video that of the clips (videos, clips,
-    D) after the first `random`.
+    D) after the first `num_random`.
     """
     figures = {}
     for name in train:
-        gallery, queries = train[name].mean(1), test[name][:, random:].mean(1)
+        gallery, queries = train[name].mean(1), test[name][:, num_random:].mean(1)
         figures[name] = nearest_neighbour_accuracy(gallery, train_labels, queries, test_labels, (1, 5, 20))
         nearest = cosines(queries, gallery).argsort(1, descending=True)
         hits = train_labels[nearest] == test_labels.unsqueeze(1)

@@ -49,21 +49,17 @@ class StopSignal:
         """
         for batch in batches:
             if alone and self._name:
-                raise self._preempted()
+                raise self._error()
             if not alone and self.on_any_rank():
-                self.leave()
+                raise self.preempted()
             yield batch
 
-    def leave(self, place: str | None = None) -> None:
-        """End this process, after rank 0's last save, which was at `place`.
-
-        Raises:
-            Preempted: always.
-        """
+    def preempted(self, place: str | None = None) -> Preempted:
+        """What to raise to end this process, once rank 0 has saved the run at `place`. Every rank must call it."""
         barrier()
-        raise self._preempted(f", saved at {place}" if place else "")
+        return self._error(f", saved at {place}" if place else "")
 
-    def _preempted(self, saved: str = "") -> Preempted:
+    def _error(self, saved: str = "") -> Preempted:
         return Preempted(f"stopped by {self._name or 'a signal to another rank'}{saved}; {self.again} to go on")
 
 

@@ -49,7 +49,9 @@ def test_a_clip_may_lie_in_a_gap_between_frames(make_video, tmp_path):
     recipe = ClipRecipe(
         0.5, 8.0, 32, 36, "crop+color", "bilinear", (0.2, 1.0), (0.75, 4 / 3), (0.0,) * 4, augment=False
     )
-    sample = VideoClips(VideoList(tmp_path, ["slides.mkv"], [0], ["x"]), recipe, seed=0, random=3, even=5)[0, 0]
+    sample = VideoClips(VideoList(tmp_path, ["slides.mkv"], [0], ["x"]), recipe, seed=0, num_random=3, num_dense=5)[
+        0, 0
+    ]
     assert sample["failures"] == [] and sample["frames"].shape == (8, 4, 32, 32, 3)
 
 
@@ -61,22 +63,22 @@ def test_no_two_draws_share_their_random_numbers(videos, monkeypatch):
         return generator(seed)
 
     monkeypatch.setattr(np.random, "default_rng", note)
-    clips = VideoClips(videos, RECIPE, 3, random=3)
+    clips = VideoClips(videos, RECIPE, 3, num_random=3)
     for index in range(1, len(videos)):
         clips[0, index]
     assert len(seeds) == 4 * (len(videos) - 1) == len(set(seeds))
 
 
 def test_a_short_video_repeats_its_last_frame(videos):
-    frames = VideoClips(videos, RECIPE, seed=0, even=2)[0, 3]["frames"]
+    frames = VideoClips(videos, RECIPE, seed=0, num_dense=2)[0, 3]["frames"]
     assert frames.shape == (2, 6, 32, 32, 3) and torch.equal(frames[0, -1], frames[0, -2])
 
 
 def test_fewer_random_clips_are_the_first_of_more(videos):
     centre = ClipRecipe(0.5, 12.0, 32, 36, "crop+color", "bilinear", (0.2, 1), (0.75, 4 / 3), (0,) * 4, augment=False)
-    many = VideoClips(videos, centre, seed=3, random=5, even=2)[0, 1]["frames"]
-    few = VideoClips(videos, centre, seed=3, random=2)[0, 1]["frames"]
-    other = VideoClips(videos, centre, seed=4, random=2)[0, 1]["frames"]
+    many = VideoClips(videos, centre, seed=3, num_random=5, num_dense=2)[0, 1]["frames"]
+    few = VideoClips(videos, centre, seed=3, num_random=2)[0, 1]["frames"]
+    other = VideoClips(videos, centre, seed=4, num_random=2)[0, 1]["frames"]
     assert torch.equal(many[:2], few) and not torch.equal(few, other)
 
 

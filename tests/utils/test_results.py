@@ -162,7 +162,9 @@ def test_near_neighbours_are_told_apart():
     """Both figures of the nearest one are the same; in float32 these would be equally near, and the first one's."""
     gallery = torch.ones(2000, 512, dtype=torch.float64) + 1e-5 * torch.randn(2000, 512, dtype=torch.float64)
     labels, queries = torch.arange(2000) % 10, gallery + 1e-6 * torch.randn(2000, 512, dtype=torch.float64)
-    found = results.neighbours({"pool": gallery[:, None]}, labels, {"pool": queries[:, None]}, labels, random=0)["pool"]
+    found = results.neighbours({"pool": gallery[:, None]}, labels, {"pool": queries[:, None]}, labels, num_random=0)[
+        "pool"
+    ]
     assert found["R@1"] == found["kNN@1"] == 100
 
 
