@@ -31,6 +31,7 @@ class Run:
         self.from_start = from_start
         self.declared_end = info.start + info.duration if info.duration else -math.inf  # -inf: not declared
         self.first = math.inf  # time of the first frame given out
+        self.first_is_whole = True  # whether that frame, of a video, needs none that were not decoded
         self.sample_rate = getattr(info, "sample_rate", 0)  # Hz
         self.packets: list[float] = []  # times of the packets with data
         self.reach = -math.inf  # where the last of them ends
@@ -47,7 +48,7 @@ class Run:
         for packet in self._demux():
             for frame in self._decode(packet):
                 time = self._time(frame, self._start if before is None else before + self._step)
-                self.first = min(self.first, time)
+                self._note(frame, time)
                 frame.time_base = self._time_base  # PyAV leaves it out where the decoder held the frame back
                 yield time, frame
                 before = time
@@ -75,7 +76,7 @@ class Run:
                 context.skip_frame = "DEFAULT" if time in found or packet is None else "NONREF"
                 for frame in self._decode(packet):
                     time = self._time(frame, math.nan)
-                    self.first = min(self.first, time)
+                    self._note(frame, time)
                     if time in found:
                         found[time] = frame
         finally:
@@ -84,9 +85,16 @@ class Run:
             return []
         return [(time, found[time]) for time in wanted]
 
+    def _note(self, frame: "av.VideoFrame | av.AudioFrame", time: float) -> None:
+        """With periodic intra refresh, decoders may give out frames that are half made of ones before the seek."""
+        if self.first == math.inf and isinstance(frame, av.VideoFrame):
+            cut = self.packets[0] < self._start  # by an edit list: the key frame is decoded, and not shown
+            self.first_is_whole = frame.key_frame or cut
+        self.first = min(self.first, time)
+
     def covers(self, first: float) -> bool:
-        """Whether decoding began at or before `first`."""
-        return self.first <= first + SAME_TIME
+        """Whether decoding began at or before `first`, and with a frame that refers to none before it."""
+        return self.first_is_whole and self.first <= first + SAME_TIME
 
     def end(self) -> float:
         """Where the data ends, seconds, found without decoding. Packets without times count as one frame each."""

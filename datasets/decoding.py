@@ -33,6 +33,7 @@ from datasets.waveform import FILTER_MARGIN, cut, end_of, mono_pieces
 
 SLACK = 0.5  # seconds that declared and decoded ends, or packets and frames, may lie apart
 PREROLL = 0.3  # seconds of audio decoded before those needed: priming, overlap, mp3's bit reservoir
+ANY_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}  # PyAV 19: always so
 NOT_MEDIA = ("tty", "bin", "xbin", "adf", "idf")  # demuxers that draw text files as pictures
 
 av.logging.set_level(None)  # damaged files are reported by DecodeError, not by FFmpeg's lines on the console
@@ -240,9 +241,7 @@ class VideoFile:
         """(Re)open the container at its first packet."""
         self.close()
         try:  # "file:" keeps names with a colon from being read as addresses; a playlist must not reach the network
-            self._container = av.open(
-                f"file:{self.path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}
-            )
+            self._container = av.open(f"file:{self.path}", **ANY_METADATA, options={"protocol_whitelist": "file"})
         except MediaError as error:
             raise self._error("open", f"no media that FFmpeg can read ({_reason(error)})") from None
         self._at_first_packet, self._encoder_noted = True, False
@@ -270,7 +269,7 @@ class VideoFile:
             av.logging.set_level(level)
 
     def _dumped(self, stream: "av.stream.Stream") -> str:
-        """The part of the dump about one stream. It holds what PyAV 14 shows nowhere else without decoding."""
+        """The part of the dump about one stream. It holds what PyAV shows nowhere else without decoding."""
         part = re.search(rf"Stream #0:{stream.index}\b.*?(?=\n *Stream #|\Z)", self._dump_text, re.DOTALL)
         return part[0] if part else ""
 
@@ -421,13 +420,14 @@ class VideoFile:
         """A part of the upright picture that holds the crop, uint8 (h, w, 3), and its top and left.
 
         Only that part is converted where this gives the very pixels of the whole: with 4:2:0 subsampling and even
-        numbers each 2 x 2 pixels have a colour of their own.
+        numbers each 2 x 2 pixels of a progressive frame have a colour of their own.
         """
         info = self.info.video
         width, height = (info.width, info.height)[:: -1 if info.rotation % 180 else 1]
         top = left = 0
         even = not (width % 2 or height % 2 or info.rotation) and (frame.width, frame.height) == (width, height)
-        if even and frame.format.name in ("yuv420p", "yuvj420p") and crop[2:] != (height, width):
+        in_blocks = frame.format.name in ("yuv420p", "yuvj420p") and not frame.interlaced_frame
+        if even and in_blocks and crop[2:] != (height, width):
             top, left = crop[0] // 2 * 2, crop[1] // 2 * 2
             height, width = -(-(crop[0] + crop[2]) // 2) * 2 - top, -(-(crop[1] + crop[3]) // 2) * 2 - left
             part = av.VideoFrame(width, height, frame.format.name)

@@ -10,10 +10,8 @@ all workers then wait, twice as long each time.
 
 import argparse
 import csv
-import glob
 import os
 import re
-import secrets
 import shutil
 import threading
 import time
@@ -116,31 +114,26 @@ def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tupl
     """One clip's fate and, if it is not there, the reason in a line."""
     target = path_of(clip, out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part.mp4")
+    building = target.with_name(f".{target.stem}.part")  # a folder: a downloader leaves further files beside its target
     reason = ""
-    clear_leftovers(target)
     for _ in range(TRIES):
         pause.wait()
+        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
         try:
-            download(clip, part)
-            os.replace(part, target)
+            building.mkdir()
+            download(clip, building / target.name)
+            os.replace(building / target.name, target)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).replace(clip[0], "").split())[:300]  # an id may look like any reason
         else:
             pause.relax()
             return "done", ""
         finally:
-            clear_leftovers(target)
+            shutil.rmtree(building, ignore_errors=True)
         if not TOO_FAST.search(reason):
             return ("gone" if GONE.search(reason) else "failed"), reason
         pause.back_off()
     return "failed", reason
-
-
-def clear_leftovers(target: Path) -> None:
-    """Delete the halves of a clip that a try which failed, or a process that was killed, has left beside it."""
-    for half in target.parent.glob(f".{glob.escape(target.stem)}.*"):
-        half.unlink(missing_ok=True)
 
 
 def path_of(clip: Clip, out: Path) -> Path:

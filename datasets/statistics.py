@@ -1,10 +1,9 @@
 """Mean and standard deviation of each mel bin over the training set: computed once, kept, reused."""
 
 import hashlib
+import io
 import json
 import logging
-import os
-import secrets
 import zipfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.video_dataset import ClipRecipe, VideoList, make_loader, read_waveform
 from utils.errors import UserError
+from utils.files import write_whole
 
 MOST_VIDEOS = 2000
 
@@ -70,14 +70,9 @@ def audio_statistics(
             log.warning("%s; they are computed again", error)
     statistics, used = _compute(videos, chosen, recipe, num_workers)
     log.info("audio statistics: from %d videos, kept in %s", used, cached)
-    temporary = cached.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, count=used, **{name: value.numpy() for name, value in statistics.items()})
-        os.replace(temporary, cached)
-    except OSError as error:
-        raise UserError(f"cache_dir: {cached}: could not be written: {error}") from None
+    npz = io.BytesIO()
+    np.savez(npz, count=used, **{name: value.numpy() for name, value in statistics.items()})
+    write_whole(cached, npz.getvalue())
     return statistics
 
 

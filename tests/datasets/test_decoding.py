@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets import decoder_run, waveform
-from datasets.decoding import DecodeError, VideoFile, probe, read_clip
+from datasets.decoding import ANY_METADATA, DecodeError, VideoFile, probe, read_clip
 
 FORMATS = {
     "bframes.mp4": {"gop": 250, "bframes": 3, "seconds": 4},
@@ -35,7 +35,7 @@ def video(tmp_path_factory, make_video):
 def decode_all(path):
     """Times and decoded frames of the whole video stream, in output order: PyAV alone, nothing skipped or sought."""
     frames, times = [], []
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with av.open(str(path), **ANY_METADATA) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             try:
@@ -47,6 +47,20 @@ def decode_all(path):
             stamp = frame.dts if container.format.name == "avi" else frame.pts
             times.append(times[-1] + step if stamp is None else float(stamp * frame.time_base))
     return np.array(times), frames
+
+
+def colourful(path, x264, seconds):
+    """A file of 128 x 96 pictures that change fast, 25 a second, made by x264 with these parameters."""
+    y, x = np.mgrid[:96, :128]
+    options = {"g": "20", "bf": "0", "x264-params": f"{x264}:log-level=none"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for i in range(25 * seconds):
+            picture = np.stack([x * 3 + i * 7, y * 5 + i * 11, (x + y) * 2 + i * 13], -1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
 
 
 def assert_nearest(path, times, frames, starts, rotation=0):
@@ -82,6 +96,13 @@ def test_clips_equal_a_full_decode(media):
     times, frames = decode_all(media)
     starts = np.random.default_rng(0).uniform(times[0] - 0.2, times[-1] - 0.1, 12)
     assert_nearest(media, times, frames, starts)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_picture_that_is_refreshed_piece_by_piece(tmp_path, ending):
+    """After a seek decoders give out frames that are half made of ones before it; only their not being keys tells."""
+    path = colourful(tmp_path / f"refresh.{ending}", "intra-refresh=1", seconds=8)
+    assert_nearest(path, *decode_all(path), np.arange(0.513, 7.4, 0.351))
 
 
 def test_whole_file_shows_every_frame_in_order(media, frame_index):
@@ -176,9 +197,14 @@ def test_where_stamps_of_packets_mislead_everything_is_decoded(video, monkeypatc
     assert len(tried) == 1, "what failed once is not tried on this file again"
 
 
-@pytest.mark.parametrize("made", [{}, {"size": (65, 47), "pixels": "yuv444p"}, {"rotation": 90}, {"size": (66, 48)}])
+@pytest.mark.parametrize(
+    "made", [{}, {"size": (65, 47), "pixels": "yuv444p"}, {"rotation": 90}, {"size": (66, 48)}, "interlaced=1:tff=1"]
+)
 def test_a_crop_is_a_part_of_the_whole(tmp_path, make_video, made):
-    path = make_video(tmp_path / "a.mp4", seconds=1, audio_rate=None, **made)
+    if isinstance(made, str):
+        path = colourful(tmp_path / "a.mp4", made, seconds=1)
+    else:
+        path = make_video(tmp_path / "a.mp4", seconds=1, audio_rate=None, **made)
     asked, rng = {"video_start": 0.2, "video_seconds": 0.3, "fps": 10}, np.random.default_rng(0)
     with VideoFile(path) as file:
         whole = file.read(**asked).frames

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from datasets import build_videos, sampling
-from datasets.decoding import DecodeError, VideoFile
+from datasets.decoding import ANY_METADATA, DecodeError, VideoFile
 from datasets.preprocessing import crop_and_resize
 from datasets.video_dataset import (
     ClipRecipe,
@@ -215,7 +215,7 @@ def read_plain(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch
     from PIL import Image
 
     with watch.stage("open"):
-        file = av.open(str(path), metadata_errors="ignore")
+        file = av.open(str(path), **ANY_METADATA)
     with file:
         with watch.stage("seek and decode"):
             stream = file.streams.video[0]
@@ -282,7 +282,7 @@ def ratio_cells(rows: list[dict], name: str) -> list[str]:
 
 def unreferenced(path: Path) -> float:
     """The share of a file's frames that no other frame refers to, which its decoder can leave out."""
-    with av.open(str(path), metadata_errors="ignore") as file:
+    with av.open(str(path), **ANY_METADATA) as file:
         stream = file.streams.video[0]
         stream.thread_type, stream.codec_context.skip_frame = "NONE", "NONREF"
         packets, frames = 0, 0
