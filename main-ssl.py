@@ -8,8 +8,8 @@ The same command again goes on where the run stopped.
 """
 
 import argparse
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 
 import torch
@@ -82,6 +82,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     share_head_bn(model)
     check_shares(model, batches, clips.recipe.clip_shape)
     log.info("%s", parameter_summary(model))
+    share = f"{accumulate} x {batches.share} clips on each of {world_size()} processes"
+    log.info("%s, compile: %s; a step is %s", precision.name, compiles(cfg["compile"], device), share)
     rows = bank_rows(cfg, len(videos))
     criterion = build_criterion(cfg["loss"], rows, model.out_dim, device, num_epochs, cfg["seed"])
     log.info("%s", criterion)
@@ -108,8 +110,12 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
         )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    held_out = partial(build_held_out, cfg, device, trained=videos)
-    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(held_out(), alone=True), precision)
+
+    def held_out() -> Iterator[dict]:
+        """Batches of the held-out videos; they end the run's measuring, not the run, where it is asked to stop."""
+        return stop.watch(build_held_out(cfg, device, trained=videos), alone=True)
+
+    monitor = Monitor(cfg, model, prepare, held_out, precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return

@@ -8,8 +8,8 @@ The same command again goes on where the run stopped.
 """
 
 import argparse
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 
 import torch
@@ -52,10 +52,10 @@ def main() -> None:
     if args.seed is not None:
         cfg["seed"] = args.seed
     video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"
-    if cfg["loss"]["name"] != "VICLoss" or cfg["model"]["arch"] not in ("vicreg_wrapper", "vicreg_v_wrapper"):
+    if cfg["loss"]["name"] == "xID" or cfg["model"]["arch"] not in ("vicreg_wrapper", "vicreg_v_wrapper"):
         raise UserError(
-            f"{args.cfg}: main-vicreg.py trains loss VICLoss with arch vicreg_wrapper or vicreg_v_wrapper; "
-            "for xID see main-ssl.py"
+            f"{args.cfg}: main-vicreg.py trains a loss of embeddings alone, such as VICLoss, with arch vicreg_wrapper "
+            "or vicreg_v_wrapper; for xID see main-ssl.py"
         )
     if cfg["dataset"]["train"]["video_only"] != video_only:
         raise UserError(
@@ -92,6 +92,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     model = synchronise_bn(build_model(cfg["model"]).to(device), device, cfg["compile"])
     check_shares(model, batches, clips.recipe.clip_shape)
     log.info("%s", parameter_summary(model))
+    share = f"{accumulate} x {batches.share} clips on each of {world_size()} processes"
+    log.info("%s, compile: %s; a step is %s", precision.name, compiles(cfg["compile"], device), share)
     criterion = build_criterion(cfg["loss"], device=device)
     log.info("%s", criterion)
     optimizer = build_optimizer(cfg["optimizer"], model)
@@ -118,8 +120,12 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 audio_statistics(videos, clips.recipe, cfg["num_workers"], cfg["cache_dir"]) if is_main() else None
             )
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
-    held_out = partial(build_held_out, cfg, device, trained=videos)
-    monitor = Monitor(cfg, model, prepare, lambda: stop.watch(held_out(), alone=True), precision)
+
+    def held_out() -> Iterator[dict]:
+        """Batches of the held-out videos; they end the run's measuring, not the run, where it is asked to stop."""
+        return stop.watch(build_held_out(cfg, device, trained=videos), alone=True)
+
+    monitor = Monitor(cfg, model, prepare, held_out, precision)
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return

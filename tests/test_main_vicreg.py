@@ -132,7 +132,6 @@ def test_a_batch_of_one_clip_is_refused(tmp_path, videos):
 OWN_LOSS = """
 import torch.nn.functional as F
 from torch import nn
-from criterions.stats import spread
 
 class Own(nn.Module):
     def __init__(self, weight):
@@ -143,28 +142,45 @@ class Own(nn.Module):
         x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
         cosines = x.detach() @ y.detach().T
         self.stats = {"pos_cos": cosines.diagonal().mean(), "neg_cos": cosines.mean()}
-        self.stats |= {"video_spread": spread(x), "audio_spread": spread(y)}
         return self.weight * F.mse_loss(x, y)
 """
 
 
-def test_a_loss_of_ones_own_takes_what_the_readme_says(tmp_path, videos):
-    """In a copy of the source: a class, its name, its keys, and the check at the top of the script."""
+OWN_BACKBONE = """
+from torch import nn
+
+
+class Own(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.out_dim = nn.Conv3d(3, width, 3), width
+
+    def forward(self, video, return_embs=False):
+        return self.conv(video).amax((2, 3, 4), keepdim=True)
+"""
+
+
+def test_a_loss_and_a_backbone_of_ones_own_take_what_the_readme_says(tmp_path, videos):
+    """In a copy of the source: of each a class, its name, and its keys."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "data", "checkpoints", "cache", "tests", "shared", "__pycache__")
     shutil.copytree(REPO, source, ignore=ignored)
     (source / "criterions/own.py").write_text(OWN_LOSS)
+    (source / "models/own.py").write_text(OWN_BACKBONE)
     for file, before, after in (
         ("criterions/__init__.py", "CRITERIONS = {", 'from criterions.own import Own\nCRITERIONS = {"Own": Own, '),
         ("utils/config.py", "LOSS_ARGS = {", 'LOSS_ARGS = {"Own": {"weight": _positive(float, 2.0)},'),
-        ("main-vicreg.py", '!= "VICLoss"', '!= "Own"'),
+        ("models/__init__.py", "MODELS = {", "from models.own import Own\nMODELS = {"),
+        ("models/__init__.py", '"video_backbone": {', '"video_backbone": {"Own": Own, '),
+        ("utils/config.py", "VIDEO_BACKBONES = {", 'VIDEO_BACKBONES = {"Own": {"width": _positive(int)}, '),
     ):
         text = (source / file).read_text()
         assert text.count(before) == 1
         (source / file).write_text(text.replace(before, after))
-    file = write_config(tmp_path, videos, script=SCRIPT, loss={"name": "Own"}, optimizer__num_epochs=1)
+    backbone = {"model__args__video_backbone": "Own", "model__args__video_backbone_args": {"width": 8}}
+    file = write_config(tmp_path, videos, script=SCRIPT, loss={"name": "Own"}, optimizer__num_epochs=1, **backbone)
     command = [sys.executable, "main-vicreg.py", str(file)]
     done = subprocess.run(command, cwd=source, env={**ENV, "PYTHONPATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and all("video_spread" in line for line in lines)
+    assert len(lines) == 4 and all("neg_cos" in line for line in lines)

@@ -219,9 +219,7 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
         UserError: they do not fit, or the bank belongs to another list of videos than the one with this fingerprint.
     """
     if (file := cfg["model"]["args"].get("checkpoint")) is not None:
-        weights, whose = recognise(load(file), file)
-        load_weights(model, weights, file)
-        log.info("weights from %s: %s", file, whose)
+        log.info("weights from %s: %s", file, load_pretrained(model, file))
     if (file := cfg["loss"]["args"].get("checkpoint")) is not None:
         other = load(file)
         if "train_criterion" not in other:
@@ -372,6 +370,22 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     if broken:
         raise UserError(f"{source}: {len(broken)} are not finite: {_few(broken)}; take an earlier checkpoint")
     module.load_state_dict(dict(weights), strict=False)
+
+
+def load_pretrained(module: nn.Module, file: str | Path, part: str | None = None) -> str:
+    """Load the weights of a known checkpoint (see `recognise`) into a whole model, and say in words whose they are.
+
+    Args:
+        part: `video_model`, say: `module` is that part of a model, and takes its weights alone.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit.
+    """
+    weights, words = recognise(load(file), str(file))
+    if part is not None:
+        weights = part_of(weights, part)
+    load_weights(module, weights, f"{file} ({part})" if part else str(file))
+    return words
 
 
 def recognise(state: Mapping, source: str) -> tuple[dict, str]:

@@ -160,14 +160,16 @@ OPTIMIZER = {
     },
 }
 
+VIDEO_BACKBONES = {"R2Plus1d": {"depth": _one_of(10, 18, 34, default=18)}}
+AUDIO_BACKBONES = {"Conv2DNet": {"depth": _one_of(10, default=10)}}
 _VIDEO_ARGS = {
-    "video_backbone": _one_of("R2Plus1d", default="R2Plus1d"),
-    "video_backbone_args": {"depth": _one_of(10, 18, 34, default=18)},
+    "video_backbone": _one_of(*VIDEO_BACKBONES, default="R2Plus1d"),
+    "video_backbone_args": Switch("video_backbone", VIDEO_BACKBONES),
     "checkpoint": _text(None, nullable=True),  # start from these weights
 }
 _AUDIO_ARGS = {
-    "audio_backbone": _one_of("Conv2DNet", default="Conv2DNet"),
-    "audio_backbone_args": {"depth": _one_of(10, default=10)},
+    "audio_backbone": _one_of(*AUDIO_BACKBONES, default="Conv2DNet"),
+    "audio_backbone_args": Switch("audio_backbone", AUDIO_BACKBONES),
 }
 MODEL_ARGS = {
     "av_wrapper": {

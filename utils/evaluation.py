@@ -102,17 +102,16 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
     if args.random_weights:
         return RANDOM
     if args.checkpoint:
-        path = Path(args.checkpoint)
-        state = checkpoint.load(path)
-    else:
-        folder = run_folder(model_cfg)
-        found = checkpoint.load_latest(folder)
-        if found is None:
-            raise UserError(
-                f"{folder / checkpoint.LATEST}: no such checkpoint; pre-train with {args.model_cfg}, or give "
-                "--checkpoint FILE, or --random-weights for the baseline"
-            )
-        state, path = found
+        words = checkpoint.load_pretrained(encoder, args.checkpoint, part="video_model")
+        return f"{words}, {Path(args.checkpoint)}"
+    folder = run_folder(model_cfg)
+    found = checkpoint.load_latest(folder)
+    if found is None:
+        raise UserError(
+            f"{folder / checkpoint.LATEST}: no such checkpoint; pre-train with {args.model_cfg}, or give "
+            "--checkpoint FILE, or --random-weights for the baseline"
+        )
+    state, path = found
     weights, words = checkpoint.recognise(state, str(path))
     checkpoint.load_weights(encoder, checkpoint.part_of(weights, "video_model"), f"{path} (video_model)")
     return f"{words}, {path}"

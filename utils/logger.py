@@ -250,10 +250,14 @@ class TrainingLog:
         self.writer, self.num_epochs, self.steps, self.batch_size = writer, num_epochs, steps, batch_size
 
     def report(self, epoch: int, steps_done: int, figures: Mapping[str, float]) -> None:
-        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on); no loss if all were left out."""
+        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on); no loss if all were left out.
+
+        The metrics have all of them, the progress line those that a person watches.
+        """
         steps_left = (self.num_epochs - epoch) * self.steps - steps_done
         left = duration(steps_left * self.batch_size / max(figures["clips_per_s"], 1e-9))
-        shown = in_words({name: value for name, value in figures.items() if name != "grad_norm"})
+        unseen = ("grad_norm", "video_dims", "audio_dims")
+        shown = in_words({name: value for name, value in figures.items() if name not in unseen})
         place = f"epoch {epoch + 1}/{self.num_epochs} step {steps_done}/{self.steps}"
         log.info("%s | %s left | %s", place, left, shown)
         figures = {"epoch": epoch, **figures, "memory_gb": memory_gb()}
@@ -264,7 +268,7 @@ class TrainingLog:
 
 def in_words(figures: Mapping[str, float]) -> str:
     """Figures in a line: `loss 1.234, lr 0.001, clips_per_s 25.1`."""
-    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%", "video_dims": ".1f", "audio_dims": ".1f"}
+    forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
     return ", ".join(f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items())
 
 

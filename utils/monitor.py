@@ -38,7 +38,9 @@ class Monitor:
             return {}
         embeddings = embed(self.model, self.held_out(), self.prepare, self.precision.autocast)
         figures = held_out_figures(embeddings)
-        log.info("held out, after %d epochs: %s", epoch, percentages(figures))
+        videos = len(embeddings["index"])
+        told = f"{percentages(figures)} (of {videos} videos; chance R@10 {100 * min(1.0, 10 / videos):.1f})"
+        log.info("held out, after %d epochs: %s", epoch, told)
         return figures
 
     def record(self, writer: MetricsWriter, epoch: int, step: int) -> None:
