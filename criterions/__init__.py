@@ -4,8 +4,8 @@ What a script expects of a loss: main-vicreg.py calls it with the two embeddings
 with how many epochs, and parts of one, the run has done; main-ssl.py with the embeddings, the videos' indices (N,) and
 the epoch. It answers a scalar whose mean over ranks, and whose gradients' mean, are the whole batch's
 (`utils.distributed.gather_with_grad`); whatever the autocast it computes in float32. A call leaves in `stats` 0-dim
-tensors on the device for the log, always the same ones, among them `pos_cos`, `neg_cos`, `video_spread` and
-`audio_spread` (`criterions.stats`), by which a collapse is told. Its buffers are stored and restored with the run; one
+tensors on the device for the log, always the same ones; with `pos_cos`, `neg_cos`, `video_spread` and `audio_spread`
+(`criterions.stats`) among them the log warns of a collapse. Its buffers are stored and restored with the run; one
 that holds a part of them on each rank has a method `assemble`, which all ranks call before rank 0 saves.
 """
 
