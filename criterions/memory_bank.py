@@ -156,7 +156,10 @@ class MemoryBank(nn.Module):
         return index, torch.ones_like(index, dtype=torch.bool)
 
     def _begin(self) -> None:
-        """Fill this rank's rows with random unit vectors, drawn on the CPU: the same on any device and rank."""
+        """Fill this rank's rows with random unit vectors, drawn on the CPU: the same on any device and rank.
+
+        Drawn in blocks, so that a rank draws few rows besides its own.
+        """
         for low in range(self.start - self.start % BLOCK, self.stop, BLOCK):
             generator = torch.Generator().manual_seed(_seed(self.seed, "block", low) if low else self.seed)
             high = min(low + BLOCK, self.num_instances)

@@ -284,7 +284,7 @@ class VideoFile:
     def _describe_video(self, stream: "av.video.stream.VideoStream") -> VideoInfo:
         context = stream.codec_context
         rotation = self._rotation(stream)
-        width, height = (context.width, context.height)[:: -1 if rotation % 180 else 1]
+        width, height = _turned(context.width, context.height, rotation)
         if not (width and height):
             raise self._error("open", "a video stream without a picture size")
         fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -423,7 +423,7 @@ class VideoFile:
         numbers each 2 x 2 pixels of a progressive frame have a colour of their own.
         """
         info = self.info.video
-        width, height = (info.width, info.height)[:: -1 if info.rotation % 180 else 1]
+        width, height = _turned(info.width, info.height, info.rotation)
         top = left = 0
         even = not (width % 2 or height % 2 or info.rotation) and (frame.width, frame.height) == (width, height)
         in_blocks = frame.format.name in ("yuv420p", "yuvj420p") and not frame.interlaced_frame
@@ -472,6 +472,11 @@ class VideoFile:
 
     def _error(self, asked: str, found: object) -> DecodeError:
         return DecodeError(f"{self.path}: asked for: {asked}; found: {found}".replace("\n", " "))
+
+
+def _turned(width: int, height: int, rotation: int) -> tuple[int, int]:
+    """A picture's width and height after a rotation by so many degrees."""
+    return (height, width) if rotation % 180 else (width, height)
 
 
 def _pixels(plane: "av.video.plane.VideoPlane", channels: int = 1) -> np.ndarray:

@@ -26,9 +26,9 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """
     root, every = Path(dataset["root"]), dataset["holdout_every"]
     if split not in ("train", "test", "all"):
-        raise UserError(f"dataset split {split!r}: a folder has train, test, all")
+        raise UserError(f"dataset.*.split: {split!r}: a folder has train, test, all")
     if split != "all" and every is None:
-        raise UserError(f"dataset split {split!r}: set dataset.holdout_every (such as 5), or use split all")
+        raise UserError(f"dataset.*.split: {split!r}: set dataset.holdout_every (such as 5), or use split all")
     manifest = manifest_of(root)
     names = sorted(find(root)) if manifest is None else sorted([*manifest.sources, *manifest.errors])
     known = names

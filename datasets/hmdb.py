@@ -22,7 +22,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     root = Path(dataset["root"])
     wanted = re.fullmatch(r"(train|test)-split(\d+)", split_of_fold(split, dataset["fold"]))
     if wanted is None:
-        raise UserError(f"dataset split {split!r}: HMDB-51 has train-split{{fold}} and test-split{{fold}}")
+        raise UserError(f"dataset.*.split: {split!r}: HMDB-51 has train-split{{fold}} and test-split{{fold}}")
     mark, ending = MARKS[wanted[1]], f"_test_split{wanted[2]}.txt"
     lists = _first_folder(root, ("splits", "testTrainMulti_7030_splits"))
     videos = _first_folder(root, ("videos", "hmdb51_org"))

@@ -244,18 +244,19 @@ def summarise(rows: list[dict]) -> str:
     kinds = collections.Counter(row["audio"] for row in good)
     lines.append("sound: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
     short = [row["path"] for row in good if float(row["declared"]) - float(row["duration"]) > SHORT]
-    lines.append(
-        f"shorter than declared: {len(short)}"
-        + (f" ({', '.join(short[:5])}{', ...' * (len(short) > 5)})" if short else "")
-    )
+    lines.append(f"shorter than declared: {_some(short)}")
     still = [row["path"] for row in good if row["still"] == "1"]
-    lines.append(
-        f"still pictures: {len(still)}" + (f" ({', '.join(still[:5])}{', ...' * (len(still) > 5)})" if still else "")
-    )
+    lines.append(f"still pictures: {_some(still)}")
     reasons = collections.Counter(row["error"].rpartition("found: ")[2] for row in bad)
     lines += [f"dropped, {count}: {reason}" for reason, count in reasons.most_common(20)]
     lines += [f"    {row['path']}: {row['error']}" for row in bad[:1000]]
     return "\n".join(lines) + "\n"
+
+
+def _some(names: list[str]) -> str:
+    """How many, and the first five of them."""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} ({shown})" if names else "0"
 
 
 def _shard(text: str) -> tuple[int, int]:

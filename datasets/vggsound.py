@@ -30,7 +30,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     root = Path(dataset["root"])
     folders = {"train": "train", "train_subset": "train", "test": "test"}
     if split not in folders:
-        raise UserError(f"dataset split {split!r}: VGGSound has {', '.join(folders)}")
+        raise UserError(f"dataset.*.split: {split!r}: VGGSound has {', '.join(folders)}")
     if split == "train" and dataset["list"] is not None:
         raise UserError(f"dataset.list: {dataset['list']}: is for split train_subset, and the split is train")
     folder = root / folders[split]

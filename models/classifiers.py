@@ -194,5 +194,8 @@ def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> 
     except RuntimeError as error:  # its kernel is larger than the feature, say
         raise UserError(f"model.args: {pool} of feature {name}, {tuple(embs[name].shape)}: {error}") from None
     if feature.shape[1] != width:
-        raise UserError(f"model.args: feature {name} has {feature.shape[1]} values a clip, and the YAML says {width}")
+        raise UserError(
+            f"model.args.feat_dims, or feat_dim in fine-tuning: feature {name} has {feature.shape[1]} values a clip, "
+            f"found {width}; set it to that"
+        )
     return feature

@@ -428,7 +428,7 @@ def split_of_fold(split: str, fold: int) -> str:
     try:
         return split.format(fold=fold)
     except (LookupError, ValueError, AttributeError, TypeError):
-        raise UserError(f"dataset split {split!r}: only {{fold}} may stand in braces") from None
+        raise UserError(f"dataset.*.split: {split!r}: only {{fold}} may stand in braces") from None
 
 
 def run_folder(cfg: Mapping) -> Path:

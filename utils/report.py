@@ -127,7 +127,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     held_out, prepare = build_held_out(cfg, device, most=None), BatchPrep(cfg["dataset"], stats, device)
     embeddings = embed(model, held_out, prepare)
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
-    for name, without in controls(prepare).items() if args.controls else ():
+    for name, without in (controls(prepare) if args.controls else {}).items():
         print(f"without {name}: {percentages(cross_modal_retrieval(embed(model, held_out, without)))}")
     if args.map is not None and len(embeddings["index"]) < 3:
         raise UserError(f"--map: {len(embeddings['index'])} videos could be read, and a map is of at least 3")

@@ -57,7 +57,7 @@ def write_json(file: Path, content: Mapping) -> None:
 def write_classes(
     folder: Path, name: str, classes: Sequence[str], clip_logits: Tensor, video_logits: Tensor, labels: Tensor
 ) -> None:
-    """`per-class-<name>.csv` and `confusion-<name>.png` of one classifier; logits as `accuracies` takes them."""
+    """`per-class-<name>.csv` and `confusion-<name>.png` of one classifier; logits of its clips and of its videos."""
     scores = video_scores(video_logits)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)

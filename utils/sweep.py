@@ -71,7 +71,8 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         print(f"{done + 1}/{len(runs)} | {left} left | {method}, ratio {ratio:g}, few_shot_seed {seed}", flush=True)
         status = child.run(command(args, model_cfg, random, ratio, seed, script_options))
         if child.asked or status == STATUS[Preempted]:
-            raise Preempted(f"stopped by a signal; run it again{' without --anew' * args.anew} to go on")
+            again = "run it again without --anew" if args.anew else "run it again"
+            raise Preempted(f"stopped by a signal; {again} to go on")
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
     report_concepts(folders, args.out)
@@ -118,8 +119,11 @@ def command(
 ) -> list[str]:
     """The command line of one evaluation."""
     full = [sys.executable, str(SCRIPT), args.cfg, model_cfg, "--quiet", "--use-rest-classes"]
-    full += ["--few-shot-ratio", f"{ratio:g}"] + ["--random-weights"] * random + ["--resume"] * (not args.anew)
-    for change in [*args.set, f"few_shot_seed={seed}", *["resume=false"] * args.anew]:
+    full += ["--few-shot-ratio", f"{ratio:g}", "--set", f"few_shot_seed={seed}"]
+    full += ["--set", "resume=false"] if args.anew else ["--resume"]
+    if random:
+        full.append("--random-weights")
+    for change in args.set:
         full += ["--set", change]
     for change in args.set_model:
         full += ["--set-model", change]

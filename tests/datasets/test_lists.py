@@ -72,7 +72,7 @@ def test_missing_roots_are_named(tmp_path, name):
 
 
 def test_mistakes_in_vggsound(vgg):
-    with pytest.raises(UserError, match="split 'valid'"):
+    with pytest.raises(UserError, match="dataset.*split: 'valid'"):
         build_videos(section("vggsound", vgg), "valid")
     with pytest.raises(UserError, match="none of its 1 videos"):
         (vgg / "other.txt").write_text("z_1")

@@ -51,7 +51,7 @@ def test_features_by_name_and_their_widths(backbone):
     embs = backbone(video, return_embs=True)
     torch.testing.assert_close(features["pool"], embs["pool"].flatten(1))
     torch.testing.assert_close(features["conv5x-2"], embs["conv5x"].mean((2, 3, 4)))
-    with pytest.raises(UserError, match="has 512 values a clip, and the YAML says 64"):
+    with pytest.raises(UserError, match="feat_dims.* feature pool has 512 values a clip, found 64; set it"):
         FeatureExtractor(backbone, ["pool"], feat_dims=[64])(video)
     with pytest.raises(UserError, match="no feature 'conv9'"):
         FeatureExtractor(backbone, ["conv9"])(video)

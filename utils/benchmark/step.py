@@ -49,8 +49,8 @@ COLUMNS = (
     "GB moved",
     "of copy",
     "GB peak",
+    "s first",
 )
-COLUMNS += ("s first",)
 LEGEND = """\
 ratio: clips/s over the plain form's. TFLOP/s: convolutions and matrix products counted in the plain form over the time.
 of ceiling: of the square matrix product measured here in the row's number format. GB moved: inputs and outputs of each
