@@ -56,6 +56,7 @@ def test_draws_differ_from_call_to_call_and_eval_leaves_those_of_training_alone(
     plain, disturbed = MemoryBank(100, 4), MemoryBank(100, 4)
     first, second = plain.sample_negatives(index, 9), plain.sample_negatives(index, 9)
     assert not torch.equal(first, second)
+    assert not torch.equal(MemoryBank(100, 4, seed=1).sample_negatives(index, 9), first)
     assert torch.equal(disturbed.sample_negatives(index, 9), first)
     disturbed.eval()
     assert not torch.equal(disturbed.sample_negatives(index, 9), second)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from criterions import memory_bank, xID
+from criterions import memory_bank, sharded_bank, xID
 from criterions.memory_bank import MemoryBank
 from criterions.sharded_bank import ShardedMemoryBank
 from utils.errors import UserError
@@ -184,3 +184,13 @@ def test_a_part_of_a_bank_of_several_blocks_is_the_whole_ones(monkeypatch):
     monkeypatch.setattr(ShardedMemoryBank, "_range", lambda self: (13, 37))
     part = ShardedMemoryBank(45, 8)
     assert torch.equal(part.view1_mem, whole.view1_mem[13:37]) and torch.equal(part.view2_mem, whole.view2_mem[13:37])
+
+
+def test_ranks_draw_negatives_of_their_own(monkeypatch):
+    monkeypatch.setattr(sharded_bank, "world_size", lambda: 2)
+    draws = []
+    for rank in range(2):
+        monkeypatch.setattr(sharded_bank, "rank", lambda rank=rank: rank)
+        bank = ShardedMemoryBank(200, 4)
+        draws.append(bank.sample_negatives(torch.arange(4) + bank.start, 9) - bank.start)
+    assert not torch.equal(*draws)

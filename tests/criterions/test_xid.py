@@ -100,14 +100,15 @@ def test_live_targets_are_those_of_the_formula(q, number, monkeypatch):
         assert criterion.stats["neg_cos"] == 0
 
 
-def test_the_cosine_of_live_negatives_leaves_hard_ones_out():
+@pytest.mark.parametrize("number", [7, 0])
+def test_the_cosine_of_negatives_leaves_hard_ones_out_and_live_ones_where_there_are_random_ones(number):
     video, audio, index = batch()
     stats = []
-    for n_hard in (None, 5):
-        criterion = xID(30, 8, num_negatives=0, live_targets=True, N_hard=n_hard, s=7, s_prime=3, hard_neg_epoch=0)
+    for n_hard, live in ((None, True), (5, True), (5, number == 0)):
+        criterion = xID(30, 8, num_negatives=number, live_targets=live, N_hard=n_hard, s=7, s_prime=3, hard_neg_epoch=0)
         criterion(video, audio, index)
         stats.append(criterion.stats["neg_cos"].item())
-    assert stats[0] == pytest.approx(stats[1])
+    assert stats == pytest.approx([stats[0]] * 3)
 
 
 def test_without_any_negatives():

@@ -1,12 +1,15 @@
 """datasets.concepts: unseen classes in either spelling, nested few-shot subsets."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from datasets import build_fold
 from datasets.concepts import REST_CLASSES, few_shot_rows, make_parts, read_unseen, rest_classes_file
 from datasets.video_dataset import VideoList
+from utils.config import load_config
 from utils.errors import UserError
 
 CLASSES = ("HandstandPushups", "YoYo", "shake_hands")
@@ -35,6 +38,18 @@ def test_few_shot_subsets_are_floored_nested_and_free_of_the_list_order():
     assert names_of(alone, few_shot_rows(alone, 0.3, 42)) < names_of(full, rows[0.3])
     assert names_of(full, few_shot_rows(full, 0.3, 7)) != names_of(full, rows[0.3])
     assert few_shot_rows(full, None, 42).tolist() == list(range(18))
+    assert len(few_shot_rows(videos((100,)), 0.29, 42)) == 29  # 0.29 * 100 is a little less
+
+
+def test_a_folds_few_shot_subset_has_a_seed_of_its_own(monkeypatch):
+    train, test = videos((10, 7, 4)), VideoList("/data", [f"{i}.mp4" for i in range(3)], range(3), CLASSES)
+    lists = {"train": train, "test": test}
+    monkeypatch.setattr("datasets.build_labelled", lambda cfg, part, fold, allow_missing: (lists[part], []))
+    args = Namespace(few_shot_ratio=0.5, use_rest_classes=False, allow_missing=False)
+    for seed, few_shot_seed in ((0, 42), (3, 42), (3, 7)):
+        changes = [f"seed={seed}", f"few_shot_seed={few_shot_seed}", "model.args.n_classes=3"]
+        data = build_fold(load_config("configs/ucf/8at16-linear.yaml", changes), 1, args)
+        assert data.chosen.tolist() == few_shot_rows(train, 0.5, few_shot_seed).tolist()
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])

@@ -1,12 +1,22 @@
 """datasets.evaluation: clips from one pass are those of single reads, and no position is lost or counted twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from datasets import evaluation
 from datasets.decoding import VideoFile
-from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos, read_windows
+from datasets.evaluation import (
+    FreshClips,
+    SharedBatches,
+    VideoClips,
+    data_fingerprint,
+    present_videos,
+    read_windows,
+)
+from datasets.preprocessing import no_video_augmentation
 from datasets.video_dataset import ClipRecipe, VideoList, read_frames
 from utils.errors import UserError
 
@@ -90,6 +100,15 @@ def test_a_sample_hangs_on_seed_epoch_and_position_alone(videos):
     assert not torch.equal(first["frames"], clips[3, 5]["frames"])
 
 
+def test_a_fresh_clip_is_coloured_where_the_recipe_augments(videos):
+    plain, first, second = (
+        FreshClips(videos, replace(RECIPE, augment=augment), 1, seed=1, shuffle=False)[0, position]["video_aug"]
+        for augment, position in ((False, 0), (True, 0), (True, 1))
+    )
+    assert (plain == no_video_augmentation()).all()
+    assert (first[1:] != plain[1:]).all() and (second[1:] != first[1:]).all()
+
+
 @pytest.mark.parametrize(("length", "batch"), [(8, 3), (7, 7), (1, 2), (10, 4)])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_shares_are_the_batches_of_one_process(length, batch, processes):
@@ -107,6 +126,13 @@ def test_shares_are_the_batches_of_one_process(length, batch, processes):
     several.start_at(2, len(whole) - 1, epochs=2)
     assert list(several) == [[(2, i) for _, i in whole[-1]], *([(3, i) for _, i in keys] for keys in whole)]
     assert len(several) == 1 + len(whole)
+
+
+def test_a_fingerprint_of_the_data_tells_labels_and_classes_apart(videos):
+    names, labels, classes = videos.names(), videos.labels.tolist(), videos.classes
+    lists = [(names, labels, classes), (names, labels[::-1], classes), (names, labels, ["x", "z"])]
+    prints = [data_fingerprint(VideoList(videos.root, *arguments)) for arguments in lists]
+    assert prints[0] == data_fingerprint(videos) and len(set(prints)) == 3
 
 
 def test_missing_videos_are_counted_and_named(videos):

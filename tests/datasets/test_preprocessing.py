@@ -116,6 +116,17 @@ def test_draws_stay_within_the_jitter():
     assert -0.2 <= draws[:, 4].min() < -0.19 and 0.19 < draws[:, 4].max() <= 0.2
 
 
+def test_gains_and_masks_are_drawn_by_their_own_limits():
+    tfmask = {"freq_mask_ratio": 1.0, "freq_mask_size": 40, "time_mask_ratio": 0.5, "time_mask_size": 1}
+    rng = np.random.default_rng(0)
+    draws = [prep.draw_audio_augmentation(40, 100, tfmask | {"var_masks": False}, rng) for _ in range(500)]
+    gains, mels, times = (np.array(kind) for kind in zip(*draws, strict=True))
+    assert 0.7 <= gains.min() < 0.71 and 0.99 < gains.max() <= 1
+    assert mels.sum(1).max() > 35 and 45 < times.sum(1).max() <= 50
+    blocks = [(np.diff(masks, axis=1, prepend=False) & masks).sum(1) for masks in (mels, times)]
+    assert blocks[0].max() == 1 and blocks[1].max() > 20
+
+
 def slow_log_mel(wave, rate, n_fft, hop, n_mels):
     """The definition, in float64, with a DFT matrix and loops."""
     pad = (n_fft - hop) // 2
@@ -193,6 +204,23 @@ def test_audio_prep_normalises_and_masks():
     assert audio(torch.zeros(1, 1000)).isfinite().all()
 
 
+def test_a_batch_is_prepared_by_all_that_was_drawn_for_it():
+    section = {"color": (0.4, 0.4, 0.4, 0.2), "audio_srate": 8000, "spec_params": SPEC}
+    stats = {"mean": torch.linspace(-3, -1, 16), "std": torch.linspace(0.5, 2, 16)}
+    mels, times = torch.zeros(2, 16, dtype=torch.bool), torch.zeros(2, 7, dtype=torch.bool)
+    mels[0, 3:6] = times[1, 2] = True
+    frames, second = torch.randint(0, 256, (2, 2, 3, 6, 7, 3), dtype=torch.uint8)
+    change, other = torch.tensor([[[1, 0.7, 1.3, 0.8, 0.1]], [[0, 1.2, 0.9, 1.4, -0.1]]]).expand(2, 2, 5)
+    sound = {"waveform": torch.randn(2, 1000), "gain": torch.tensor([0.7, 0.9]), "mel_mask": mels, "time_mask": times}
+    clips = {"frames": frames, "video_aug": change}
+    prepare, video = prep.BatchPrep(section, stats, torch.device("cpu")), prep.VideoPrep(section["color"])
+    found = prepare(clips | sound | {"failures": []})
+    assert torch.equal(found[0], video(frames, change))
+    assert torch.equal(found[1], prep.AudioPrep(8000, SPEC, **stats)(*sound.values()))
+    pairs = prep.BatchPrep(section, None, torch.device("cpu"))(clips | {"frames_2": second, "video_aug_2": other})
+    assert torch.equal(pairs[0], video(frames, change)) and torch.equal(pairs[1], video(second, other))
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "bilinear-plain", "nearest"])
 def test_crop_and_resize_keeps_a_ramp(mode):
     ramp = torch.arange(0, 200, 2, dtype=torch.uint8).view(1, 1, 100, 1).expand(2, 80, 100, 3)
@@ -200,3 +228,13 @@ def test_crop_and_resize_keeps_a_ramp(mode):
     assert out.shape == (2, 30, 30, 3) and out.dtype == torch.uint8 and out.is_contiguous()
     expected = 2 * (20 + (torch.arange(30) + 0.5) * 2 - 0.5)
     assert (out[0, 5, 2:-2, 0].float() - expected[2:-2]).abs().max() <= (3 if mode == "nearest" else 1)
+
+
+def test_antialiasing_alone_grays_fine_stripes():
+    stripes = torch.arange(90, dtype=torch.uint8).remainder(2).mul(255).view(1, 1, 90, 1).expand(1, 90, 90, 3)
+    gray, plain, nearest = (
+        prep.crop_and_resize(stripes, (0, 0, 90, 90), 30, mode)[0, 5, :, 0]
+        for mode in ("bilinear", "bilinear-plain", "nearest")
+    )
+    assert (gray[1:-1].float() - 127.5).abs().max() < 20
+    assert torch.equal(plain, stripes[0, 0, 1::3, 0]) and torch.equal(nearest, stripes[0, 0, ::3, 0])

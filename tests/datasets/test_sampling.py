@@ -33,6 +33,7 @@ def test_even_windows_cover_the_whole_span():
     assert sampling.evenly((1.0, 2.0), 2.0, 3) == [1.0, 1.0, 1.0]
     pairs = sampling.audio_visual_evenly((0.0, 3.0), (0.0, 3.0), 1.0, 2.0, 3)
     assert pairs == [(0.5, 0.0), (1.0, 0.5), (1.5, 1.0)]
+    assert sampling.audio_visual_evenly((0.0, 10.0), (4.0, 5.0), 0.5, 2.0, 1) == [(4.25, 4.0)]
 
 
 def test_two_clips_are_2_to_8_seconds_apart_where_they_can_be():
@@ -67,6 +68,7 @@ def test_random_resized_crops_fit_and_reach_both_ends_of_the_area():
     boxes = np.array([sampling.random_resized_crop(90, 160, (0.08, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3000)])
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 90).all() and (left + width <= 160).all()
+    assert ((top + height == 90) & (height < 90)).any() and ((left + width == 160) & (width < 160)).any()
     share = height * width / (90 * 160)
     assert share.min() < 0.1 and share.max() > 0.7
     ratio = width / height
@@ -80,3 +82,11 @@ def test_masks_cover_a_share_uniform_up_to_the_ratio(variable):
     covered = np.array([sampling.block_mask(125, 0.2, 5, variable, rng).sum() for _ in range(3000)])
     assert covered.max() <= 25 and covered.min() == 0
     assert abs(covered.mean() - 12) < 0.5  # floor of uniform 0 to 25
+
+
+@pytest.mark.parametrize(("variable", "share"), [(True, 0.5), (False, 1.0)])
+def test_blocks_of_a_mask_reach_their_size(variable, share):
+    rng = np.random.default_rng(0)
+    masks = [np.flatnonzero(sampling.block_mask(1000, 0.003, 2, variable, rng)) for _ in range(600)]
+    in_one_block = [bins[1] - bins[0] == 1 for bins in masks if len(bins) == 2]
+    assert np.mean(in_one_block) == pytest.approx(share, abs=0.1)

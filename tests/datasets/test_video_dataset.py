@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import sampling
+from datasets.preprocessing import crop_and_resize
 from datasets.video_dataset import (
     MAX_ATTEMPTS,
     ClipRecipe,
@@ -19,6 +21,7 @@ from datasets.video_dataset import (
     VideoList,
     collate,
     collate_readable,
+    cut_out,
     epoch_order,
     make_loader,
 )
@@ -90,6 +93,43 @@ def test_every_video_comes_equally_often_and_epochs_differ():
     assert not np.array_equal(orders[1], epoch_order(7, 3, seed=2, epoch=1))
 
 
+def test_a_recipe_says_what_the_configuration_does():
+    section = {
+        "video_clip_duration": 0.7,
+        "video_fps": 9.0,
+        "crop_size": 56,
+        "frame_size": 60,
+        "transforms": "crop+color",
+        "resize": "nearest",
+        "min_area": 0.3,
+        "aspect_ratio": [0.5, 1.5],
+        "color": [0.1, 0.2, 0.3, 0.4],
+    }
+    sound = {"audio_clip_duration": 1.5, "audio_srate": 11025, "spec_params": {"n_mels": 7}, "tfmask_params": {"a": 1}}
+    shared = 0.7, 9.0, 56, 60, "crop+color", "nearest", (0.3, 1.0), (0.5, 1.5), (0.1, 0.2, 0.3, 0.4)
+    assert ClipRecipe.from_config(section, augment=False) == ClipRecipe(*shared, False)
+    assert ClipRecipe.from_config(section | sound, augment=True) == ClipRecipe(*shared, True, *sound.values())
+    assert ClipRecipe.from_config(section | {"frame_size": None}, augment=True).frame_size == 64
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_a_clip_is_resized_as_asked_and_cut_from_the_middle(resize):
+    frames = torch.randint(0, 256, (2, 80, 108, 3), dtype=torch.uint8)
+    recipe = replace(RECIPE, resize=resize)
+    whole = crop_and_resize(frames, (0, 0, 80, 108), 36, resize)
+    assert torch.equal(cut_out(frames, recipe), whole[:, 2:34, 2:34])
+    box = sampling.random_resized_crop(80, 108, RECIPE.area, RECIPE.aspect, np.random.default_rng(0))
+    expected = crop_and_resize(frames, box, 32, "bilinear" if resize == "bilinear" else "bilinear-plain")
+    assert torch.equal(cut_out(frames, recipe, np.random.default_rng(0)), expected)
+
+
+def test_a_plain_random_crop_lies_anywhere():
+    places = torch.cartesian_prod(*map(torch.arange, (36, 36, 1))).view(1, 36, 36, 3).byte()
+    recipe, rng = replace(RECIPE, transforms="crop+color"), np.random.default_rng(0)
+    corners = {tuple(cut_out(places, recipe, rng)[0, 0, 0, :2].tolist()) for _ in range(300)}
+    assert corners == {(top, left) for top in range(5) for left in range(5)}
+
+
 def test_a_sample_has_the_promised_shapes(videos):
     sample = TrainingClips(good(videos), RECIPE, 2, seed=0)[0, 3]
     assert sample["frames"].shape == (4, 32, 32, 3) and sample["frames"].dtype == torch.uint8
@@ -150,7 +190,8 @@ def test_a_bad_video_is_replaced_by_the_same_other_one_and_named(videos):
         if video < 4:
             assert sample["index"] == video and not sample["failures"]
         else:
-            assert sample["index"] < 4
+            half_an_epoch_on = np.roll(order, -(position + len(order) // 2 + 1))
+            assert sample["index"] == next(other for other in half_an_epoch_on if other < 4)
             name, reason = sample["failures"][0]
             assert name == videos.name(video) and ("no audio stream" in reason) == (video == 5)
     batch = collate([clips[0, position] for position in range(len(clips))])
@@ -178,6 +219,12 @@ def test_even_windows_leave_out_what_cannot_be_read(videos):
     batch = collate_readable([clips[i] for i in range(6)])
     assert batch["index"].tolist() == [0, 1, 2, 3] and len(batch["failures"]) == 2
     assert set(collate_readable([clips[4]])) == {"failures"}
+
+
+def test_even_windows_show_the_middle_of_their_sound(videos, frame_index):
+    recipe = replace(RECIPE, video_seconds=0.25, audio_seconds=1.0, crop_size=64, frame_size=64)
+    frames = EvenClips(videos, recipe, windows=3)[0]["frames"].numpy()
+    assert [[frame_index(frame) for frame in clip] for clip in frames] == [[6, 8], [10, 12], [14, 16]]
 
 
 def test_clips_of_a_recorded_live_stream_come_from_all_of_it(tmp_path, make_video):

@@ -1,4 +1,7 @@
-"""models.classifiers: pooling from a fixed set, several features, dropout that does not ask how many processes run."""
+"""models.classifiers: pooling from a fixed set, several features, dropout that does not ask how many processes run.
+
+And models.linear_probe.
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.classifiers import ClassificationWrapper, FeatureExtractor, MOSTWrapper, build_pooling
+from models.linear_probe import LinearProbe
 from models.video import R2Plus1d
 from utils.errors import UserError
 
@@ -70,6 +74,7 @@ def test_linear_classifiers_normalise_as_asked():
     for name, x in inputs.items():
         linear = probe.classifiers[name].classifier
         torch.testing.assert_close(logits[name], x @ linear.weight.T + linear.bias, atol=1e-4, rtol=1e-4)
+    assert not list(probe.classifiers["bn"].bn.parameters())
     alone = probe({name: value[:1] for name, value in features.items()})  # a batch of one has no variance
     assert torch.isfinite(alone["bn"]).all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -87,3 +92,36 @@ def test_dropout_of_a_batch_hangs_on_its_key_alone(backbone):
     dropped = model(video, keep[:2])
     torch.testing.assert_close(dropped, model.head(backbone(video).flatten(1) * keep[:2]))
     assert torch.equal(ClassificationWrapper(backbone, 4).draw_dropout(3, (0,)), torch.ones(3, 512))
+
+
+def linear_probe(**args):
+    lr = {"name": "multistep", "base_lr": 0.1, "gamma": 0.5, "milestones": [1], "warmup_epochs": 0}
+    optimizer = {"name": "sgd", "weight_decay": 0.0, "betas": [0.0, 0.9], "lr": lr, "other_lrs": [0.1, 0.03]}
+    args = {"feat_dims": [8], "use_bn": [False], "l2_norm": [False], "use_dropout": False, "dropout": 0.5} | args
+    cfg = {"seed": 3, "optimizer": optimizer, "model": {"args": args}}
+    return LinearProbe(cfg, ["pool"], 3, torch.device("cpu"))
+
+
+def test_linear_probes_start_alike_and_each_trains_at_its_own_rate():
+    probe, features, labels = linear_probe(), {"pool": torch.randn(6, 8)}, torch.arange(6) % 3
+    weights = {rate: head.classifiers["pool"].classifier.weight for rate, head in probe.heads.items()}
+    assert list(weights) == [0.1, 0.03] and torch.equal(weights[0.1], weights[0.03])
+    before = weights[0.1].detach().clone().requires_grad_()
+    bias = probe.heads[0.1].classifiers["pool"].classifier.bias.detach().clone()
+    loss = F.cross_entropy(features["pool"] @ before.T + bias, labels)
+    (gradient,) = torch.autograd.grad(loss, before)
+    losses = probe.step(features, labels, epoch=1, progress=0.0)
+    assert losses == {"loss pool 0.1": pytest.approx(loss.item()), "loss pool 0.03": pytest.approx(loss.item())}
+    for rate, weight in weights.items():
+        torch.testing.assert_close(weight, before - rate / 2 * gradient)
+
+
+def test_a_linear_probe_drops_features_in_training_alone():
+    torch.manual_seed(0)
+    probe, features, labels = linear_probe(use_dropout=True), torch.randn(6, 8), torch.arange(6) % 3
+    found = probe.logits({"pool": features.view(3, 2, 8)})
+    losses = probe.step({"pool": features}, labels, epoch=0, progress=0.0)
+    fresh = linear_probe().heads[0.1].classifiers["pool"].classifier(features)
+    for rate, logits in found.items():
+        torch.testing.assert_close(logits["pool"], fresh.view(3, 2, 3).detach())
+        assert losses[f"loss pool {rate:g}"] != pytest.approx(F.cross_entropy(fresh, labels).item(), rel=1e-3)

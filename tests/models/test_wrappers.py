@@ -180,10 +180,24 @@ def test_projection_norm_standardises_each_dimension():
     assert [type(layer) for layer in plain.projection] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
 
 
+def test_backbones_and_heads_of_xid_begin_by_he():
+    for name, module in build_model(small(XID)).named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+            continue
+        fan_out = module.weight[:, 0].numel()
+        fan = module.in_features if isinstance(module, nn.Linear) else fan_out
+        assert module.bias is None or not module.bias.any(), name
+        assert module.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05), name
+
+
 def test_embeddings_of_an_expander_begin_small():
     """From a standard deviation near one VICReg takes twice as long until anything is learned."""
     for widths in ([1024, 1024, 256], [512, 512, 512]):
-        out = Expander(512, widths)(torch.randn(256, 512).relu())
+        expander = Expander(512, widths)
+        for layer in expander.expansion[::3]:
+            for values in (layer.weight, layer.bias):
+                assert values.std().item() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.2)
+        out = expander(torch.randn(256, 512).relu())
         assert 0.25 < out.std(dim=0).mean() < 0.45
 
 

@@ -1,12 +1,14 @@
 """utils.config: what is refused, what is completed, and the thesis' files."""
 
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from utils.config import EVALUATION, PRETRAINING, REQUIRED, Key, Switch, load_config
+from criterions import CRITERIONS
+from utils.config import EVALUATION, LOSS_ARGS, PRETRAINING, REQUIRED, Key, Switch, flatten, load_config
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -36,6 +38,71 @@ def test_thesis_file_keeps_its_meaning():
 @pytest.mark.parametrize("file", sorted((REPO / "configs").glob("**/*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_file_loads(file):
     load_config(file)
+
+
+def schedule(rate, decay, epochs, gamma, milestones):
+    adam = {"name": "adam", "weight_decay": decay, "betas": [0.9, 0.999], "num_epochs": epochs}
+    lr = {"name": "multistep", "base_lr": rate, "gamma": gamma, "milestones": milestones, "warmup_epochs": 0}
+    return flatten({"dataset.batch_size": 32, "dataset.crop_size": 224, "optimizer": adam | {"lr": lr}})
+
+
+CLIPS = {"dataset.video_clip_duration": 0.5, "dataset.video_fps": 16, "dataset.test_dense.clips_per_video": 10}
+LINEAR = {
+    **schedule(1e-4, 0, 50, 0.3, [20, 30, 40]),
+    **CLIPS,
+    "dataset.color": [0, 0, 0, 0],
+    "dataset.test.final_clips_per_video": 25,
+    "model.args.feat_names": ["pool"],
+    "encoder_bn": "eval",
+    "few_shot_seed": 42,
+}
+TUNED = CLIPS | {"model.args.use_dropout": True, "model.args.dropout": 0.5, "few_shot_seed": 42}
+WARM_UP = {"optimizer.warmup_classifier": True, "optimizer.warmup_epochs": 5}
+UCF = schedule(1e-4, 0, 16, 0.3, [6, 10, 14]) | TUNED | WARM_UP
+HMDB = schedule(1e-4, 0, 10, 0.3, [3, 6, 8]) | TUNED | {"optimizer.warmup_classifier": False}
+TENS = list(range(10, 100, 10))
+SECOND = {"dataset.video_clip_duration": 1, "dataset.video_fps": 16}
+XID = {
+    **schedule(5e-4, 1e-5, 100, 0.9, TENS),
+    **SECOND,
+    "loss.args.num_negatives": 1024,
+    "loss.args.momentum": 0.5,
+    "loss.args.q": 0.001,
+    "loss.args.lam": 0.01,
+}
+VICREG = {
+    **schedule(5e-4, 1e-6, 100, 0.9, TENS),
+    **SECOND,
+    "loss.args.sim_coeff": 25,
+    "loss.args.std_coeff": 25,
+    "loss.args.cov_coeff": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "recipe"),
+    [
+        ("VGGSound-N1024", XID),
+        ("VGGSound-VICReg", VICREG),
+        ("VGGSound-VICReg-Video", VICREG),
+        ("ucf/8at16-linear", LINEAR),
+        ("ucf/8at16-linear-random", LINEAR),
+        ("hmdb51/8at16-linear", LINEAR),
+        ("hmdb51/8at16-linear-random", LINEAR),
+        ("ucf/8at16-fold1", UCF),
+        ("hmdb51/8at16-fold1", HMDB),
+    ],
+)
+def test_shipped_files_hold_the_recipes_of_the_thesis(file, recipe):
+    cfg = flatten(load_config(REPO / f"configs/{file}.yaml"))
+    assert {key: cfg[key] for key in recipe} == recipe
+
+
+def test_defaults_of_a_loss_are_those_of_its_class():
+    for name, kind in CRITERIONS.items():
+        for key, parameter in inspect.signature(kind).parameters.items():
+            if key in LOSS_ARGS[name] and parameter.default is not parameter.empty:
+                assert LOSS_ARGS[name][key].default == parameter.default, f"{name} {key}"
 
 
 def keys(table, prefix=""):
