@@ -48,7 +48,7 @@ from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.results import Outcome, finish_evaluation, finish_folds
 from utils.stopping import StopSignal
-from utils.sync_bn import count_rank, share_bn
+from utils.sync_bn import convert_sync_bn, count_rank
 from utils.trial import try_compiled
 
 
@@ -103,7 +103,7 @@ def evaluate_fold(
         options = {key: value for key, value in cfg["model"]["args"].items() if key != "n_classes"}
         torch.manual_seed(cfg["seed"])
         model = ClassificationWrapper(copy.deepcopy(backbone), len(part.classes), **options)
-        model, state = share_bn(model.to(device)), states.get(part.name)
+        model, state = convert_sync_bn(model.to(device)), states.get(part.name)
         train, test = data.train.subset(part.train), data.test.subset(part.test)
         tested = fine_tune(device, cfg, model, part, train, test, stored, state, failures, writer, stop)
         if tested is not None:

@@ -42,7 +42,7 @@ from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.prefetch import prefetch
 from utils.stopping import NonFiniteGuard, StopSignal
-from utils.sync_bn import check_shares, synchronise_bn
+from utils.sync_bn import check_bn_batch, synchronise_bn
 from utils.trial import try_compiled
 
 
@@ -90,17 +90,17 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
     torch.manual_seed(cfg["seed"])
     model = synchronise_bn(build_model(cfg["model"]).to(device), device, cfg["compile"])
-    check_shares(model, batches, clips.recipe.clip_shape)
+    check_bn_batch(model, batches, clips.recipe.clip_shape)
     log.info("%s", parameter_summary(model))
-    share = f"{accumulate} x {batches.share} clips on each of {world_size()} processes"
-    log.info("%s, compile: %s; a step is %s", precision.name, compiles(cfg["compile"], device), share)
+    clips_a_step = f"{accumulate} x {batches.micro_batch_size} clips on each of {world_size()} processes"
+    log.info("%s, compile: %s; a step is %s", precision.name, compiles(cfg["compile"], device), clips_a_step)
     criterion = build_criterion(cfg["loss"], device=device)
     log.info("%s", criterion)
     optimizer = build_optimizer(cfg["optimizer"], model)
     log.info("%s, base learning rate %g", type(optimizer).__name__, cfg["optimizer"]["lr"]["base_lr"])
     bad = BadVideos(folder, cfg["max_bad_fraction"], len(clips))
     guard = NonFiniteGuard(folder, videos.name, cfg["skip_nonfinite"], precision.name == "fp16")
-    parts = {
+    stateful = {
         "model": model,
         "train_criterion": criterion,
         "optimizer": optimizer,
@@ -110,7 +110,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     }
     start_epoch, start_step, audio_stats = 0, 0, None
     if state is not None:
-        checkpoints.restore(state, parts)
+        checkpoints.restore(state, stateful)
         start_epoch, start_step, audio_stats = state["epoch"], state["step"], state["audio_stats"]
         del state
     else:
@@ -136,7 +136,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
     def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The embeddings of a batch, (N, D) each."""
-        with for_batch(whole=len(batch["index"]) == batches.share):
+        with for_batch(whole=len(batch["index"]) == batches.micro_batch_size):
             first, second = prepare(batch)
             with precision.autocast():
                 return net(first, second)
@@ -159,10 +159,10 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         clock.restart()
         epoch_batches = islice(stream, (batches.steps - start_step) * accumulate)
         for i, batch in enumerate(clock.timed(epoch_batches), start_step * accumulate):
-            step, part = divmod(i, accumulate)
+            step, micro_batch = divmod(i, accumulate)
             bad.record(batch)
-            last_part = part == accumulate - 1
-            with nullcontext() if last_part or world_size() == 1 else net.no_sync():
+            last_micro_batch = micro_batch == accumulate - 1
+            with nullcontext() if last_micro_batch or world_size() == 1 else net.no_sync():
                 first_emb, second_emb = embed(batch)
                 loss = criterion(first_emb, second_emb, epoch + step / batches.steps)
                 precision.backward(loss / accumulate)
@@ -170,7 +170,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             clock.count(len(batch["index"]) * world_size())
             losses.append(loss)
             indices.append(batch["index"])
-            if not last_part:
+            if not last_micro_batch:
                 continue
 
             rate = learning_rate(cfg["optimizer"], epoch, step / batches.steps)
@@ -191,7 +191,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
                 training_log.report(epoch, step + 1, figures)
                 bad.collect(epoch)
                 if stopping or (not last_step and any_rank(checkpoints.due())):
-                    checkpoints.save(parts, epoch=epoch, step=step + 1, audio_stats=audio_stats)
+                    checkpoints.save(stateful, epoch=epoch, step=step + 1, audio_stats=audio_stats)
                 if stopping:
                     raise stop.preempted(f"epoch {epoch + 1}, step {step + 1}")
                 clock.restart()
@@ -199,11 +199,11 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         start_step, done = 0, epoch + 1
         saved = checkpoints.due_after(done)
         if saved:
-            checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
+            checkpoints.save_epoch(stateful, done, audio_stats=audio_stats)
         monitor.record(writer, done, done * batches.steps)
         if stop.on_any_rank():
             if not saved:
-                checkpoints.save_epoch(parts, done, audio_stats=audio_stats)
+                checkpoints.save_epoch(stateful, done, audio_stats=audio_stats)
             raise stop.preempted(f"epoch {done}")
 
     writer.close()

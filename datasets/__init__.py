@@ -63,13 +63,14 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     With `pairs` a sample is two clips of a video and no sound.
 
     Raises:
-        UserError: the data are not there, or the batch does not divide among processes and parts, or fill a step.
+        UserError: the data are not there, or the batch does not divide among processes and micro-batches, or is larger
+            than an epoch.
     """
     data, pieces = cfg["dataset"], world_size() * cfg["accumulate"]
     if data["batch_size"] % pieces:
         raise UserError(
             f"dataset.batch_size: {data['batch_size']} is the total, and does not divide into {world_size()} processes "
-            f"x {cfg['accumulate']} parts (accumulate)"
+            f"x {cfg['accumulate']} micro-batches (accumulate)"
         )
     train = data["train"]
     videos = build_videos(data, train["split"])
@@ -80,7 +81,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     batches = EpochBatches(
         len(clips),
         data["batch_size"],
-        parts=cfg["accumulate"],
+        accumulate=cfg["accumulate"],
         rank=rank(),
         world_size=world_size(),
         drop_last=train["drop_last"],

@@ -326,9 +326,9 @@ def read_list(file: Path, help_text: str) -> list[str]:
 class EpochBatches(Sampler):
     """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch, of one epoch or several on end.
 
-    A global batch is `batch_size` consecutive positions; it is cut into `parts` (gradient accumulation), each part into
-    the ranks' shares. So W processes see, together, exactly the batches that one sees; but for the last, smaller one
-    without `drop_last`, of which only as many clips are taken as divide into equal shares.
+    A global batch is `batch_size` consecutive positions, cut into `accumulate` micro-batches, each of which is split
+    among the ranks. So W processes together see exactly the batches that one process sees, except for the last, smaller
+    one without `drop_last`, of which only as many clips are taken as divide evenly.
     """
 
     def __init__(
@@ -336,14 +336,14 @@ class EpochBatches(Sampler):
         length: int,
         batch_size: int,
         *,
-        parts: int = 1,
+        accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
     ) -> None:
-        self.length, self.batch_size, self.parts = length, batch_size, parts
+        self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
         self.rank, self.world_size = rank, world_size
-        pieces = parts * world_size
+        pieces = accumulate * world_size
         self.sizes = [batch_size] * (length // batch_size)
         rest = length % batch_size // pieces * pieces
         if rest and not drop_last:
@@ -356,9 +356,9 @@ class EpochBatches(Sampler):
         return len(self.sizes)
 
     @property
-    def share(self) -> int:
-        """Clips of a rank in a part of a whole batch; a short last one has fewer."""
-        return self.sizes[0] // (self.parts * self.world_size)
+    def micro_batch_size(self) -> int:
+        """Clips of one forward pass on one rank; in a short last batch there are fewer."""
+        return self.sizes[0] // (self.accumulate * self.world_size)
 
     def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
         """Let the next pass be of so many epochs, from this step of this one on.
@@ -368,14 +368,14 @@ class EpochBatches(Sampler):
         self.epoch, self.first_step, self.epochs = epoch, step, epochs
 
     def __len__(self) -> int:
-        return (self.epochs * self.steps - self.first_step) * self.parts
+        return (self.epochs * self.steps - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for i in range(self.first_step, self.epochs * self.steps):
             later, step = divmod(i, self.steps)
-            share = self.sizes[step] // (self.parts * self.world_size)
-            for part in range(self.parts):
-                start = step * self.batch_size + (part * self.world_size + self.rank) * share
+            share = self.sizes[step] // (self.accumulate * self.world_size)
+            for micro_batch in range(self.accumulate):
+                start = step * self.batch_size + (micro_batch * self.world_size + self.rank) * share
                 yield [(self.epoch + later, position) for position in range(start, start + share)]
 
 

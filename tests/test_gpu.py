@@ -21,7 +21,7 @@ from utils.benchmark.forms import Form, Step, synthetic_batch
 from utils.config import load_config
 from utils.distributed import wrap
 from utils.stopping import NonFiniteGuard, RunFailed
-from utils.sync_bn import share_bn, synchronise_bn
+from utils.sync_bn import convert_sync_bn, synchronise_bn
 
 pytestmark = needs_gpu
 ENV = {**os.environ, "PYTHONPATH": PYTHONPATH}
@@ -141,7 +141,7 @@ def _rank_with_synchronised_bn(rank: int, folder: str, ours: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     batch = torch.randn(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     net = batch_norm_net().to(device)  # not compiled: that takes nccl, and nccl a GPU for each process
-    net = wrap(share_bn(net) if ours else synchronise_bn(net, device, False), False, device)
+    net = wrap(convert_sync_bn(net) if ours else synchronise_bn(net, device, False), False, device)
     net(batch.chunk(2)[rank]).square().mean().backward()
     whole = batch_norm_net().to(device)
     whole(batch).square().mean().backward()

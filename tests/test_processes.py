@@ -8,7 +8,7 @@ from criterions import build_criterion
 from models import build_model
 from utils.distributed import all_reduce_sum, gather, gather_objects, gather_with_grad, rank, world_size, wrap
 from utils.optim import build_optimizer
-from utils.sync_bn import share_head_bn
+from utils.sync_bn import convert_head_sync_bn
 
 STEPS, BATCH, INSTANCES = 5, 8, 20
 MODEL = {
@@ -33,7 +33,7 @@ def train(hard_negatives, proj_norm):
     """Five steps in float64, the backbones' BN in eval mode (each rank has its own); losses, weights and bank."""
     torch.manual_seed(0)
     model = build_model({"arch": MODEL["arch"], "args": {**MODEL["args"], "proj_norm": proj_norm}}).double().eval()
-    share_head_bn(model)
+    convert_head_sync_bn(model)
     model.video_proj.train(), model.audio_proj.train()
     loss = {"name": "xID", "args": {"num_negatives": 12, "q": 0.1, "N_hard": hard_negatives, "s": 4, "s_prime": 4}}
     loss["args"]["hard_neg_epoch"] = 0

@@ -141,32 +141,32 @@ class RunCheckpoints:
         asked = epoch % self.config["test_freq"] == 0 or epoch == optimizer["num_epochs"]
         return any_rank(self.due()) or asked or epoch in optimizer["lr"]["milestones"]
 
-    def save(self, parts: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
-        """Rank 0 saves each part's `state_dict` under its name, and the `values` (epoch, step, ...) as they are.
+    def save(self, stateful: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
+        """Rank 0 saves each `state_dict` under its name, and the `values` (epoch, step, ...) as they are.
 
         Every rank must call it.
         """
         self._last_save = time.monotonic()
-        for part in parts.values():
+        for part in stateful.values():
             if hasattr(part, "assemble"):
                 part.assemble()
         if not is_main():
             return
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in stateful.items()}
         state |= {"config": self.config, "videos": self.videos, "world_size": world_size(), "steps": self.steps}
         save(self.folder, state | values, keep_as, self._latest_damaged)
         self._latest_damaged = False
         if self.config["keep_last"]:
             self._drop_old()
 
-    def save_epoch(self, parts: Mapping[str, Any], epoch: int, **values: object) -> None:
+    def save_epoch(self, stateful: Mapping[str, Any], epoch: int, **values: object) -> None:
         """Save at the end of an epoch; `epoch` counts those done.
 
         The one before a milestone of the learning rate is kept as `checkpoint-ep<N>.pth.tar`, and so are, by
         `keep_last: N`, the last N.
         """
         keep = epoch in self.config["optimizer"]["lr"]["milestones"] or self.config["keep_last"] > 0
-        self.save(parts, f"checkpoint-ep{epoch}.pth.tar" if keep else None, epoch=epoch, step=0, **values)
+        self.save(stateful, f"checkpoint-ep{epoch}.pth.tar" if keep else None, epoch=epoch, step=0, **values)
 
     def _drop_old(self) -> None:
         """Delete epoch checkpoints that are neither milestones nor among the last `keep_last`."""
@@ -176,13 +176,13 @@ class RunCheckpoints:
         for path in others[: max(0, len(others) - self.config["keep_last"])]:
             path.unlink()
 
-    def restore(self, state: Mapping, parts: Mapping[str, Any]) -> None:
-        """Load a state into the parts that made it, all names and shapes checked.
+    def restore(self, state: Mapping, stateful: Mapping[str, Any]) -> None:
+        """Load a state into what made it, all names and shapes checked.
 
         Raises:
-            UserError: it does not fit, or a part is missing.
+            UserError: it does not fit, or one is missing.
         """
-        for name, part in parts.items():
+        for name, part in stateful.items():
             if name not in state:
                 raise UserError(f"{self.folder / LATEST}: has no {name}; start anew with --set resume=false")
             if isinstance(part, nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.logger import log
-from utils.sync_bn import count_rank, share_bn
+from utils.sync_bn import convert_sync_bn, count_rank
 from utils.trial import attempt
 
 
@@ -40,7 +40,7 @@ class FrozenEncoder:
         self._weights_hash = tensor_hash(dict(self.extractor.named_parameters()))
         self._start = {name: value.clone() for name, value in self.extractor.state_dict().items()}
         if drifts:
-            share_bn(self.extractor)
+            convert_sync_bn(self.extractor)
         self.compiled_size = compiled_size
         if compiled_size is not None:
             self.extractor.compile(dynamic=False)

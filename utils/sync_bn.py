@@ -82,7 +82,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (_sum(x.square(), torch.float64) / count - mean.square()).clamp_min(0)
 
 
-class SharedBatchNorm(_BatchNorm):
+class SyncBN(_BatchNorm):
     """A BN of (N, C, ...) whose mean and variance, in training, are those of the batches of all ranks together.
 
     A rank that `count_rank` leaves out adds nothing to them: it passes a dummy because it has no sample of this batch.
@@ -114,18 +114,18 @@ def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None
     """Let BN take its statistics over all processes: on GPUs only, a run on CPUs says that it does not.
 
     PyTorch's SyncBatchNorm has kernels of its own, and torch.compile, which cannot look into it, cuts its graph at
-    each: a model to be compiled (`compiled` as `compiles` takes it) gets `SharedBatchNorm`.
+    each: a model to be compiled (`compiled` as `compiles` takes it) gets `SyncBN`.
     """
     if world_size() == 1:
         return model
     if device.type != "cuda":
         log.warning("BN is not synchronised: PyTorch's SyncBatchNorm needs GPUs; each process uses its own statistics")
         return model
-    return share_bn(model) if compiles(compiled, device) else nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return convert_sync_bn(model) if compiles(compiled, device) else nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def share_bn(model: nn.Module) -> nn.Module:
-    """Replace every BN of `model`, in place, by a `SharedBatchNorm` with the same parameters.
+def convert_sync_bn(model: nn.Module) -> nn.Module:
+    """Replace every BN of `model`, in place, by a `SyncBN` with the same parameters.
 
     One process on a GPU keeps the faster one. On a CPU one process, too, gets these, so that it rounds as many do: BN
     of the few values of a small batch magnifies rounding until it can be seen in an accuracy.
@@ -134,8 +134,8 @@ def share_bn(model: nn.Module) -> nn.Module:
         return model
     for parent in list(model.modules()):
         for name, bn in list(parent.named_children()):
-            if isinstance(bn, _BatchNorm) and not isinstance(bn, SharedBatchNorm):
-                shared = SharedBatchNorm(bn.num_features, bn.eps, bn.momentum, bn.affine)
+            if isinstance(bn, _BatchNorm) and not isinstance(bn, SyncBN):
+                shared = SyncBN(bn.num_features, bn.eps, bn.momentum, bn.affine)
                 shared.load_state_dict(bn.state_dict())
                 if bn.affine:
                     shared.weight, shared.bias = bn.weight, bn.bias
@@ -143,24 +143,24 @@ def share_bn(model: nn.Module) -> nn.Module:
     return model
 
 
-def share_head_bn(model: nn.Module) -> None:
+def convert_head_sync_bn(model: nn.Module) -> None:
     """With several processes, let the BN of xID's heads (`proj_norm: bn`) be over the batches of all, on any device.
 
     A rank's few clips alone would say little of what all embeddings have in common, which is what it takes away. The
     backbones' BN stays each rank's own, as in the thesis.
     """
     if world_size() > 1:
-        share_bn(model.video_proj)
-        share_bn(model.audio_proj)
+        convert_sync_bn(model.video_proj)
+        convert_sync_bn(model.audio_proj)
 
 
-def check_shares(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[int, ...]) -> None:
+def check_bn_batch(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[int, ...]) -> None:
     """Raise UserError where a BN would get a single value of each channel, which has no variance.
 
     Those of heads are over single vectors, those at the end of a backbone over what its strides leave of a clip,
     `clip_shape` (T, H, W, 3).
     """
-    smallest = min(batches.sizes) // (batches.parts * batches.world_size)
+    smallest = min(batches.sizes) // (batches.accumulate * batches.world_size)
     if smallest > 1:
         return
     strides = getattr(model.video_model, "strides", ())
@@ -176,7 +176,7 @@ def check_shares(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[in
 
 
 def count_rank(model: nn.Module, counted: bool) -> None:
-    """Say whether this rank's next batch counts in the statistics of the `SharedBatchNorm` in `model`."""
+    """Say whether this rank's next batch counts in the statistics of the `SyncBN` in `model`."""
     for module in model.modules():
-        if isinstance(module, SharedBatchNorm):
+        if isinstance(module, SyncBN):
             module.counted.fill_(counted)

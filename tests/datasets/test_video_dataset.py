@@ -158,7 +158,7 @@ def test_only_seed_epoch_and_position_decide(videos):
 def test_processes_and_parts_share_the_batches_of_one(world_size, parts):
     one = list(EpochBatches(27, 8))
     assert [len(batch) for batch in one] == [8, 8, 8]
-    ranks = [list(EpochBatches(27, 8, parts=parts, rank=r, world_size=world_size)) for r in range(world_size)]
+    ranks = [list(EpochBatches(27, 8, accumulate=parts, rank=r, world_size=world_size)) for r in range(world_size)]
     for step, batch in enumerate(one):
         together = [key for part in range(parts) for rank in ranks for key in rank[step * parts + part]]
         assert together == batch
@@ -166,7 +166,7 @@ def test_processes_and_parts_share_the_batches_of_one(world_size, parts):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_pass_of_several_epochs_is_their_batches_on_end(parts):
-    batches, single = EpochBatches(27, 8, parts=parts), EpochBatches(27, 8, parts=parts)
+    batches, single = EpochBatches(27, 8, accumulate=parts), EpochBatches(27, 8, accumulate=parts)
     expected = []
     for epoch, step in ((3, 2), (4, 0), (5, 0)):
         single.start_at(epoch, step)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils import sync_bn
-from utils.sync_bn import SharedBatchNorm, count_rank, share_bn, synchronise_bn
+from utils.sync_bn import SyncBN, convert_sync_bn, count_rank, synchronise_bn
 
 
 def network():
@@ -26,8 +26,8 @@ def train_as_one_of_three(rank, file, answer):
     share = (clips[:3], clips[3:], torch.full((1, 3, 2, 4, 4), 9.0))[rank]
     answers = []
     for compiled in (False, True):
-        net = share_bn(network())
-        assert sum(isinstance(module, SharedBatchNorm) for module in net.modules()) == 2
+        net = convert_sync_bn(network())
+        assert sum(isinstance(module, SyncBN) for module in net.modules()) == 2
         if compiled:
             net.compile(backend="aot_eager", fullgraph=True)
         for _ in range(2):
@@ -64,7 +64,7 @@ def test_shared_bn_is_the_bn_of_the_whole_batch(tmp_path, run_ranks):
     torch.testing.assert_close(compiled, found, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("compiled", "kind"), [(False, nn.SyncBatchNorm), (True, SharedBatchNorm)])
+@pytest.mark.parametrize(("compiled", "kind"), [(False, nn.SyncBatchNorm), (True, SyncBN)])
 def test_a_compiled_model_gets_the_bn_that_compiles(monkeypatch, compiled, kind):
     monkeypatch.setattr(sync_bn, "world_size", lambda: 2)
     monkeypatch.setattr(sync_bn, "compiles", lambda asked, device: asked)
@@ -76,7 +76,7 @@ def test_a_compiled_model_gets_the_bn_that_compiles(monkeypatch, compiled, kind)
 @pytest.mark.parametrize("value", [0.0, 30.1, 300.3])
 def test_a_channel_that_is_constant_has_no_variance_below_0(value):
     """Black frames make such channels; float32 squares of 30.1 are less than the square of their mean."""
-    net = share_bn(nn.Sequential(nn.BatchNorm3d(2)))
+    net = convert_sync_bn(nn.Sequential(nn.BatchNorm3d(2)))
     clips = torch.full((4, 2, 3, 5, 5), value, requires_grad=True)
     found = net(clips)
     found.sum().backward()

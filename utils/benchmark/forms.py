@@ -24,7 +24,7 @@ from utils.distributed import wrap
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
 from utils.precision import Precision
-from utils.sync_bn import share_head_bn, synchronise_bn
+from utils.sync_bn import convert_head_sync_bn, synchronise_bn
 
 INSTANCES = 50_000  # rows of the bank where the YAML gives no number
 
@@ -121,7 +121,7 @@ class Step:
         if cfg["loss"]["name"] == "VICLoss":
             self.model = synchronise_bn(self.model, device, form.compiled)
         else:
-            share_head_bn(self.model)
+            convert_head_sync_bn(self.model)
         if not form.in_2d:
             in_3d(self.model.video_model, form.channels_last)
         rows = cfg["loss"]["args"].get("num_instances") or INSTANCES
