@@ -1,12 +1,14 @@
 """eval-action-recg.py as a user runs it: real files, real processes."""
 
 import json
+import math
 import shutil
 import signal
 
 import pytest
 import torch
 
+from datasets.preprocessing import VideoPrep
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
 
@@ -45,7 +47,10 @@ def test_results_hold_what_they_promise_and_the_encoder_learns(cfgs, tmp_path):
     assert json.loads((folder / "results.json").read_text()) == found
     assert found["results"]["pool"]["clips"] == 24 and found["results"]["pool"]["videos"] == 6
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["group"] == "all train"] == list(range(1, 13))  # 4 epochs of 3
+    train = [line for line in lines if line["group"] == "all train"]
+    assert [line["step"] for line in train] == list(range(1, 13))  # 4 epochs of 3
+    assert [line["lr"] for line in train] == [1e-3] * 9 + [5e-4] * 3  # a milestone counts from the warm-up's end on
+    assert stored(tmp_path)["optimizer"]["param_groups"][0]["lr"] == 5e-4
     log = (folder / "train.log").read_text()
     assert "warm-up epoch 2/4" in log and "warm-up epoch 3/4" not in log and "after epoch 3" in log
     torch.manual_seed(0)
@@ -72,12 +77,21 @@ def test_warm_up_leaves_the_backbone_alone(cfgs, tmp_path):
     assert all(torch.equal(backbone[name], value) for name, value in fresh.items())
 
 
-def test_the_rate_rises_from_step_to_step(cfgs, tmp_path):
+def test_steps_are_of_augmented_clips_and_the_mean_loss_at_a_rising_rate(cfgs, tmp_path, monkeypatch):
+    augmented, plain = [], VideoPrep.forward
+
+    def prepare(self, frames, augmentation=None):
+        augmented.append(augmentation is not None)
+        return plain(self, frames, augmentation)
+
+    monkeypatch.setattr(VideoPrep, "forward", prepare)
     cfg, model = cfgs(optimizer__lr__warmup_epochs=2, optimizer__lr__base_lr=0.1, optimizer__lr__milestones=[])
     evaluate(tmp_path, cfg, model, "--random-weights")
     lines = map(json.loads, next(tmp_path.glob("runs/**/metrics.jsonl")).read_text().splitlines())
-    rates = [line["lr"] for line in lines if line["group"] == "all train"]
-    steps = len(rates)
+    lines = [line for line in lines if line["group"] == "all train"]
+    rates, steps = [line["lr"] for line in lines], len(lines)
+    assert augmented[:3] == [True] * 3 and augmented.count(True) == steps  # and not in a test
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.5)  # of 3 clips and 2 classes, told apart by chance
     assert steps >= 4 and rates == pytest.approx([0.1 * step / steps for step in range(steps)], abs=1e-4)
 
 

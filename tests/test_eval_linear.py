@@ -4,15 +4,19 @@ import csv
 import json
 import shutil
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from datasets import build_fresh_clips, build_labelled
+from datasets.concepts import Part
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
+from utils.config import load_config
 
-SCRIPT = "eval-action-recg-linear.py"
+SCRIPT, CPU = "eval-action-recg-linear.py", torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +114,71 @@ def test_features_are_made_once(cfgs, tmp_path):
     assert len(folders) == 2
     stored = [np.load(folder / "pool.npy") for folder in folders]
     assert sorted(array.shape for array in stored) == [(6, 7, 512), (8, 2, 512)]
+    meanings = [json.loads((folder / "meaning.json").read_text()) for folder in folders]
+    assert {meaning["clips"][1]: meaning["recipe"]["augment"] for meaning in meanings} == {2: True, 4: False}
     evaluate(tmp_path, cfg, model, "--random-weights", "--few-shot-ratio", 0.5)
     log = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5/train.log"
     assert log.read_text().count("features: read from") == 2
     assert evaluate(tmp_path, cfg, model, "--random-weights")["results"] == first["results"]
     evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.video_fps=8")
     assert len(list((tmp_path / "cache/features").iterdir())) == 4
+
+
+def test_features_are_kept_for_what_they_were_made_of_alone(cfgs, monkeypatch):
+    script, keys = tiny_evaluation.module_of(SCRIPT), set()
+    monkeypatch.setattr(script, "stored_clip_outputs", lambda cache, meaning, *rest: keys.add(json.dumps(meaning)))
+    file = cfgs()[0]
+    videos = build_labelled(load_config(file), "train", 1, allow_missing=False)[0]
+    clips = ({}, {"augment": True}, {"random": 2}, {"even": 3})
+    requests = [("a", videos, (), options) for options in clips]
+    requests += [("b", videos, (), {}), ("a", videos.subset(range(4)), (), {})]
+    changes = ("seed=1", "precision=bf16", "dataset.crop_size=48", "model.args.feat_names=[conv4x]")
+    changes += ("model.args.pooling_ops=['AdaptiveAvgPool3d(1)']",)
+    requests += [("a", videos, (change,), {}) for change in changes]
+    for weights, of, change, options in requests:
+        encoder = Mock(hash=weights, drifts=False, device=CPU)
+        script.clip_features(load_config(file, change), of, encoder, None, None, **options)
+    assert len(keys) == len(requests)
+
+
+def test_stored_batches_take_one_of_the_views_at_every_position(cfgs):
+    cfg = load_config(cfgs(feature_views=3, dataset__train__clips_per_video=2)[0])
+    script, videos = tiny_evaluation.module_of(SCRIPT), torch.arange(8)
+    part = Part("all", ("a", "b"), videos, videos % 2, videos[:0], videos[:0])
+    views, readable = 10 * videos.float().numpy()[:, None, None] + np.arange(3, dtype=np.float32)[:, None], videos != 5
+
+    def epoch(number):
+        batches = list(script.stored_batches(cfg, part, ({"pool": views}, readable.numpy()), number))
+        assert [progress for _, _, progress in batches] == [step / 5 for step in range(5)]
+        values = torch.cat([features["pool"][:, 0] for features, _, _ in batches]).long()
+        assert torch.equal(torch.cat([labels for _, labels, _ in batches]), values // 10 % 2)
+        return values
+
+    first, second = epoch(0), epoch(1)
+    assert torch.equal(first, epoch(0)) and not torch.equal(first // 10, second // 10)
+    assert sorted((first // 10).tolist()) == sorted(2 * videos[readable].tolist())
+    assert set((first % 10).tolist()) == {0, 1, 2}
+    cfg["dataset"]["train"]["use_shuffle"] = False
+    first, second = epoch(0), epoch(1)
+    assert (first // 10).tolist() == (second // 10).tolist() == 2 * videos[readable].tolist()
+    assert not torch.equal(first % 10, second % 10)
+
+
+def test_fresh_batches_are_of_new_clips_in_every_epoch(cfgs):
+    cfg = load_config(cfgs(dataset__train__use_shuffle=False)[0])
+    videos = build_labelled(cfg, "train", 1, allow_missing=False)[0]
+    script, loader = tiny_evaluation.module_of(SCRIPT), build_fresh_clips(cfg, videos, CPU)
+    encoder = Mock(training_features=lambda batch, shape: {"pool": batch["frames"].float().flatten(1)})
+
+    def epoch(number):
+        part, stop = Mock(train_labels=videos.labels), Mock(watch=iter)
+        batches = list(script.fresh_batches(encoder, part, loader, Mock(), stop, number))
+        assert [progress for _, _, progress in batches] == [0, 1 / 3, 2 / 3]
+        assert torch.equal(torch.cat([labels for _, labels, _ in batches]), videos.labels)
+        return torch.cat([features["pool"] for features, _, _ in batches])
+
+    first = epoch(0)
+    assert torch.equal(first, epoch(0)) and (first != epoch(1)).any(1).all()
 
 
 def test_unseen_and_seen_classes_and_few_shot_subsets(cfgs, tmp_path):
@@ -216,6 +279,8 @@ def test_a_bn_that_drifted_is_tested_as_it_was_and_parts_keep_their_own(cfgs, tm
     parts = checkpoint.load(next(tmp_path.glob("runs/**/checkpoint.pth.tar")))["parts"]
     name = next(name for name in parts["seen"]["drift"] if name.endswith("running_mean"))
     assert not torch.equal(parts["seen"]["drift"][name], parts["unseen"]["drift"][name])
+    steps = [part["drift"][name.replace("running_mean", "num_batches_tracked")].item() for part in parts.values()]
+    assert steps == [4, 4]  # 2 epochs of 4 videos in batches of 3: no part goes on from the one before
     for option in ("--test-only", "--resume"):
         again = evaluate(tmp_path, *arguments, option)
         assert again["results"] == whole["results"]

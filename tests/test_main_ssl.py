@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from criterions.memory_bank import MemoryBank
 from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
 
@@ -57,6 +58,7 @@ def test_a_run_writes_what_it_promises(config):
     assert [line["epoch"] for line in lines if line["group"] == "retrieval"] == [0, 1, 2]
     state = final(folder)
     assert state["epoch"] == 2 and state["train_criterion"]["nce_average.view1_mem"].shape == (8, 16)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.0005
     again = run(file).stdout
     assert "going on from" in again and "2 epochs done" in again
     written = {path: path.read_text() for path in (folder / "metrics.jsonl", folder / "config.yaml")}
@@ -158,16 +160,32 @@ def test_measuring_ends_when_asked_to(config):
     assert ended.returncode == 75 and "preempted: stopped by SIGTERM; run it again" in ended.stderr
 
 
+ASKED_WHILE_MEASURED = """
+import os, runpy, signal, sys
+from utils import monitor
+plain, before = monitor.embed, []
+def asked(model, batches, *rest):
+    def after_a_batch():
+        for batch in batches:
+            yield batch
+            if len(before) == int(measurement):
+                os.kill(os.getpid(), signal.SIGTERM)
+        before.append(1)
+    return plain(model, after_a_batch(), *rest)
+monitor.embed, measurement = asked, sys.argv[1]
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_signal_while_it_is_measured_costs_no_measurement(config, epochs):
-    """In between, where nothing was saved, and at the very end."""
-    file, folder = config("mon", monitor_every=1, test_freq=5), config.folder("mon")
-    started, told = Started(file, "--set", "dataset.test.clips_per_video=200"), folder / "metrics.jsonl"
-    wait_until(lambda: told.exists() and f'"step": {4 * epochs},' in told.read_text())  # its measurement begins
-    time.sleep(0.3)
-    started.signal(signal.SIGTERM)
-    ended = started.wait(60)
-    assert ended.returncode == 75, ended.stdout + ended.stderr
+def test_a_signal_while_it_is_measured_costs_no_measurement(config, tmp_path, epochs):
+    """In between, where nothing was saved, and at the very end; the first measurement is before all training."""
+    asked = tmp_path / "asked.py"
+    asked.write_text(ASKED_WHILE_MEASURED)
+    file, told = config("mon", monitor_every=1, test_freq=5), config.folder("mon") / "metrics.jsonl"
+    one_by_one = ("--set", "dataset.test.clips_per_video=4")
+    ended = run(file, *one_by_one, launcher=(str(asked), str(epochs)), status=75)
     assert f"held out, after {epochs} epochs: left out" in ended.stderr + ended.stdout
     assert f"saved at epoch {epochs};" in ended.stderr
     run(file)
@@ -193,13 +211,15 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(config, tmp_path, rank
     file = tmp_path / "clip_by_clip.py"
     file.write_text(CLIP_BY_CLIP)
     sgd = {"optimizer__name": "sgd", "optimizer__lr__base_lr": 1e-7, "optimizer__num_epochs": 1}
-    options = {"dataset__batch_size": 8, "loss__args__momentum": 1.0, **sgd}
+    options = {"dataset__batch_size": 8, "loss__args__momentum": 1.0, "seed": 1, **sgd}
     norms = []
     for name, parts, processes in (("whole", 1, 1), ("parts", 2, ranks)):
         run(config(name, accumulate=parts, **options), launcher=(str(file),), ranks=processes)
         lines = (config.folder(name) / "metrics.jsonl").read_text().splitlines()
         norms.append([json.loads(line)["grad_norm"] for line in lines])
     assert len(norms[0]) == 2 and norms[1] == pytest.approx(norms[0], rel=1e-3)
+    bank = final(config.folder("parts"))["train_criterion"]["nce_average.view1_mem"]
+    torch.testing.assert_close(bank, MemoryBank(8, 16, seed=1).view1_mem)
 
 
 def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
@@ -294,13 +314,14 @@ def test_weights_and_bank_of_another_run(config):
 
 def test_a_bank_in_shards_is_saved_whole_and_goes_on_in_one_process(config):
     shards = {"loss__args__bank_shards": True, "loss__args__bank_dtype": "bf16", "gradient_compression": "bf16"}
-    file = config("shards", **shards)
+    file = config("shards", **shards, model__args__proj_norm="bn", loss__args__momentum=0.0)
     output = run(file, ranks=2).stdout
     assert "8 instances, 16 dimensions" in output and "rows 0 to 3 of rank 0" in output
     state = final(config.folder("shards"))
     rows = state["train_criterion"]["nce_average.view2_mem"]
     assert rows.shape == (8, 16) and rows.dtype == torch.bfloat16
     torch.testing.assert_close(rows.float().norm(dim=1), torch.ones(8), rtol=0, atol=0.01)
+    assert (rows.float() @ rows.float().T).min() > -0.98  # BN over a rank's two clips alone would make them opposites
     alone = run(file).stdout
     assert "it ran on 2 processes, now 1" in alone and "2 epochs done" in alone
     error = run(config("hard", loss__args__bank_shards=True, loss__args__N_hard=3), status=2).stderr

@@ -13,7 +13,9 @@ import pytest
 
 from tests.faults import NAN_IN_STEP_3
 from tests.tiny import ENV, EVERY_STEP, REPO, Started, differences, run, write_config
+from tests.tiny_evaluation import run_here
 from utils import checkpoint
+from utils.precision import Precision
 
 SCRIPT = "main-vicreg.py"
 
@@ -30,10 +32,19 @@ def final(folder, name):
     return checkpoint.load(folder / "runs" / name / checkpoint.LATEST)
 
 
-def test_a_run_logs_each_term(tmp_path, videos):
+def test_a_run_logs_each_term_and_trains_on_the_mean_of_the_parts(tmp_path, videos, monkeypatch):
+    trained_on, plain = [], Precision.backward
+
+    def backward(self, loss):
+        trained_on.append(loss.item())
+        plain(self, loss)
+
+    monkeypatch.setattr(Precision, "backward", backward)
     growing = {"cov_coeff": 0.1, "cov_coeff_max": 1.6, "cov_ramp": [0, 2]}
-    file = write_config(tmp_path, videos, script=SCRIPT, monitor_every=2, keep_last=1, loss__args=growing)
-    output = run(file, script=SCRIPT).stdout
+    options = {"monitor_every": 2, "keep_last": 1, "accumulate": 2, "num_workers": 0}
+    file = write_config(tmp_path, videos, script=SCRIPT, loss__args=growing, **options)
+    run_here(SCRIPT, file)
+    output = (tmp_path / "runs/tiny/train.log").read_text()
     assert "VICRegWrapper" in output and "held out, after 2 epochs" in output
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
     train = [line for line in map(json.loads, lines) if line["group"] == "train"]
@@ -42,11 +53,14 @@ def test_a_run_logs_each_term(tmp_path, videos):
         assert line["cov_coeff"] == pytest.approx(0.1 * 16 ** ((line["step"] - 1) / 8))
         weighted = 25 * line["sim"] + 25 * line["std"] + line["cov_coeff"] * line["cov"]
         assert line["loss"] == pytest.approx(weighted, rel=1e-4)
+    parts = zip(trained_on[::2], trained_on[1::2], strict=True)
+    assert [line["loss"] for line in train] == pytest.approx(list(map(sum, parts)))
+    assert final(tmp_path, "tiny")["optimizer"]["param_groups"][0]["lr"] == 0.0005
     kept = sorted(path.name for path in (tmp_path / "runs/tiny").glob("checkpoint-ep*"))
     assert kept == ["checkpoint-ep1.pth.tar", "checkpoint-ep2.pth.tar"]  # a milestone, and the last one
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
     metrics.write_text("".join(line + "\n" for line in lines[:-1]))  # as if it had been killed before it was measured
-    run(file, script=SCRIPT)
+    run_here(SCRIPT, file)
     assert metrics.read_text().splitlines() == lines
 
 

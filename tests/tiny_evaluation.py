@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -72,11 +73,17 @@ def write_evaluation(folder: Path, root: Path, classifier: str = "MOSTWrapper", 
     return file
 
 
-def run_here(script: str, *arguments: object) -> None:
-    """Run a script in this process, on the CPU: as a user does, but without the seconds that starting Python takes."""
+def module_of(script: str) -> ModuleType:
+    """A script as a module, anew."""
     spec = importlib.util.spec_from_file_location(script.replace("-", "_").removesuffix(".py"), tiny.REPO / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run_here(script: str, *arguments: object) -> None:
+    """Run a script in this process, on the CPU: as a user does, but without the seconds that starting Python takes."""
+    module = module_of(script)
     torch.set_num_threads(1)
     no_gpu = mock.patch("torch.cuda.device_count", return_value=0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}

@@ -181,3 +181,13 @@ def test_held_out_videos_that_are_trained_on_are_told(tmp_path, caplog, monkeypa
     cfg = load_config(file)
     build_held_out(cfg, torch.device("cpu"), trained=build_videos(cfg["dataset"], split))
     assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def test_held_out_videos_are_spread_over_the_list(tmp_path):
+    for i in range(19):
+        (tmp_path / f"{i:02d}.mp4").touch()
+    cfg = load_config(tiny.write_config(tmp_path, tmp_path, dataset__holdout_every=2))
+    loader = build_held_out(cfg, torch.device("cpu"), most=4)
+    videos = loader.dataset.dataset.videos
+    assert [videos.name(i) for i in loader.dataset.indices] == ["00.mp4", "06.mp4", "12.mp4", "18.mp4"]
+    assert len(build_held_out(cfg, torch.device("cpu"), most=10).dataset) == 10

@@ -1,12 +1,15 @@
 """utils.checkpoint: nothing is lost, nothing is half loaded."""
 
+import os
 import resource
+import stat
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
+from criterions.memory_bank import MemoryBank
 from utils import checkpoint
 from utils.errors import UserError, lost_worker
 
@@ -97,6 +100,18 @@ def test_what_is_saved_after_an_epoch(tmp_path):
     assert [epoch for epoch in range(1, 6) if checkpoints.due_after(epoch)] == [2, 3, 5]  # a milestone, the last one
     checkpoints = run_checkpoints(tmp_path, save_every_minutes=0)
     assert all(checkpoints.due_after(epoch) for epoch in range(1, 6))
+
+
+def test_it_is_due_so_many_minutes_after_the_last_save(tmp_path, monkeypatch):
+    now = Mock(return_value=0.0)
+    monkeypatch.setattr(checkpoint.time, "monotonic", now)
+    checkpoints, due = run_checkpoints(tmp_path), []
+    for minutes in (59, 61, 62, 122):
+        now.return_value = 60.0 * minutes
+        due.append(checkpoints.due())
+        if minutes == 61:
+            checkpoints.save({}, epoch=1, step=1)
+    assert due == [False, True, False, True]
 
 
 def test_a_run_started_anew_keeps_its_own_last_epochs(tmp_path):
@@ -210,6 +225,31 @@ def test_a_crash_in_the_midst_of_saving_a_milestone_loses_it_not(tmp_path, monke
         checkpoints.save_epoch({}, 2)
     kept = (tmp_path / "checkpoint-ep2.pth.tar").exists()
     assert kept or checkpoint.load_latest(tmp_path)[0]["epoch"] == 1
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_the_name_with_it(tmp_path, monkeypatch):
+    flushed, latest = [], tmp_path / checkpoint.LATEST
+
+    def fsync(handle):
+        about = os.fstat(handle)
+        size = None if stat.S_ISDIR(about.st_mode) else about.st_size
+        flushed.append((size, sorted(path.name for path in tmp_path.glob("*.tar"))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(tmp_path, state(1), keep_as="checkpoint-ep1.pth.tar")
+    whole, names = latest.stat().st_size, ["checkpoint-ep1.pth.tar", checkpoint.LATEST]
+    assert flushed == [(whole, []), (whole, []), (None, names)]
+
+
+def test_a_bank_of_another_run_is_taken_for_its_own_list_alone(tmp_path):
+    theirs, ours = MemoryBank(5, 4, seed=1), MemoryBank(5, 4)
+    file = checkpoint.save(tmp_path, {"train_criterion": theirs.state_dict(), "videos": "list"})
+    cfg, before = {"model": {"args": {}}, "loss": {"args": {"checkpoint": str(file)}}}, ours.view1_mem.clone()
+    with pytest.raises(UserError, match="its bank is for list list, this one is another"):
+        checkpoint.start_from_others(cfg, nn.Identity(), ours, "another")
+    assert torch.equal(ours.view1_mem, before)
+    checkpoint.start_from_others(cfg, nn.Identity(), ours, "list")
+    assert torch.equal(ours.view1_mem, theirs.view1_mem) and torch.equal(ours.view2_mem, theirs.view2_mem)
 
 
 def test_the_half_copy_of_a_killed_run_does_not_stay(tmp_path):

@@ -11,13 +11,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from utils import logger, report
 from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
 from utils.figures import save_figure
 from utils.files import write_whole
-from utils.logger import MetricsWriter, TrainingLog, log, read_metrics
+from utils.logger import MetricsWriter, StepClock, TrainingLog, log, read_metrics
 from utils.metrics import Averages
 from utils.stopping import NonFiniteGuard
 
@@ -69,6 +70,35 @@ def test_epochs_are_counted_from_one_in_what_is_told(tmp_path):
     bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": None})
     with pytest.raises(UserError, match="2 of the 10 samples of epoch 1 could not be decoded"):
         bad.collect(0)
+
+
+def test_a_run_that_goes_on_counts_bad_videos_on(tmp_path):
+    bad, again = BadVideos(tmp_path, 0.2, 10), BadVideos(tmp_path, 0.2, 10)
+    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": None})
+    assert bad.collect(1) == 2
+    again.load_state_dict(bad.state_dict())
+    again.record({"failures": [("a.mp4", "broken")], "frames": None})
+    with pytest.raises(UserError, match="3 of the 10 samples of epoch 2 could not be decoded"):
+        again.collect(1)
+    assert "a.mp4,broken,2" in (tmp_path / "bad-videos.csv").read_text()
+
+
+def test_a_stretch_of_steps_is_measured_by_itself():
+    clock = StepClock()
+    assert list(clock.timed(iter("ab"))) == ["a", "b"]
+    clock.count(5)
+    assert clock.read()["clips_per_s"] > 0 and clock.read()["wait_share"] > 0
+    clock.restart()
+    assert clock.read() == {"clips_per_s": 0.0, "wait_share": 0.0}
+
+
+def test_the_time_that_is_left_is_of_the_clips_that_are_left(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    log.propagate = True
+    with caplog.at_level("INFO", "avssrl"):
+        TrainingLog(writer, 3, 10, 4).report(1, 4, {"lr": 0.1, "clips_per_s": 2.0})
+    writer.close()
+    assert "epoch 2/3 step 4/10 | 32 s left" in caplog.text  # 16 steps of 4 clips
 
 
 def test_averages_forget_what_is_taken_back():
@@ -125,6 +155,27 @@ def test_a_diagnosis_that_cannot_be_written_hides_no_failure(tmp_path):
     guard.admits({"epoch": 0, "step": 2}, [nan], nan, {"sim": nan}, [index])
     with pytest.raises(RunFailed, match="not finite in epoch 1, step 3: .*the diagnosis is lost: .*could not be writ"):
         guard.check()
+
+
+def test_a_step_that_is_left_out_takes_bn_back_to_the_last_good_one(tmp_path):
+    """Though its loss is finite, and only the gradients are not."""
+    model, one = nn.BatchNorm1d(2), torch.ones(())
+
+    def step(guard, norm):
+        model(torch.randn(4, 2))
+        return guard.admits({"epoch": 0, "step": 0}, [one], norm, {}, [torch.tensor([3])])
+
+    guard = NonFiniteGuard(tmp_path, "clip{}.mp4".format, 1, False)
+    guard.protect(model)
+    assert step(guard, one)
+    good = {name: value.clone() for name, value in model.named_buffers()}
+    assert not step(guard, one * math.inf)
+    assert all(torch.equal(value, good[name]) for name, value in model.named_buffers())
+    again = NonFiniteGuard(tmp_path, "clip{}.mp4".format, 1, False)
+    again.protect(model)
+    again.load_state_dict(guard.state_dict())
+    with pytest.raises(RunFailed, match="skip_nonfinite: 1 steps were left out already"):
+        step(again, one * math.nan)
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):

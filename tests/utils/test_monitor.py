@@ -1,5 +1,7 @@
 """What a run measures of itself, through the real Monitor, on embeddings made so that the answer is known."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,14 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_its_next_step(tmp_path, caplog):
     writer.close()
     assert not (tmp_path / "metrics.jsonl").exists() and "left out, stopped by SIGTERM" in caplog.text
     assert model.training
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(0, []), (1, [0, 1, 2, 3]), (2, [0, 2, 3])])
+def test_it_is_measured_every_so_many_epochs_and_after_the_last(monkeypatch, every, epochs):
+    monkeypatch.setattr(Monitor, "measure", lambda self, epoch: {"R@1": 50.0})
+    monitor = Monitor({"monitor_every": every, "optimizer": {"num_epochs": 3}}, None, None, None, None)
+    writer = Mock(wrote=Mock(return_value=False))
+    for epoch in range(4):
+        monitor.record(writer, epoch, 10 * epoch)
+    expected = [("retrieval", 10 * epoch, {"epoch": epoch, "R@1": 50.0}) for epoch in epochs]
+    assert [call.args for call in writer.write.call_args_list] == expected

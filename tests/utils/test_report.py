@@ -165,3 +165,9 @@ def test_steps_of_an_epoch_that_still_goes_on():
     assert report.steps_of_an_epoch(lines) == 10
     assert report.steps_of_an_epoch(lines[:2]) == 10
     assert report.steps_of_an_epoch([]) == 1
+
+
+def test_guessing_finds_the_largest_class():
+    labels = torch.tensor([0, 0, 0, 1, -1, -1, -1, -1])
+    found = report.chance(8, labels)
+    assert found["kNN@5"] == 75.0 and found["v2a_R@1"] == 12.5 and found["v2a_R@10"] == 100.0

@@ -1,5 +1,6 @@
 """utils.results and utils.evaluation: accuracies against a slow reference, files, the table of all results."""
 
+import argparse
 import csv
 import dataclasses
 import io
@@ -173,3 +174,53 @@ def test_a_learning_rate_that_is_nearly_the_base_one_is_no_fold(tmp_path):
     rates = {1e-4: one.logits[1e-4], 1.0000001e-4: one.logits[1e-4]}
     results.finish_evaluation(tmp_path, facts(1), {"all": dataclasses.replace(one, logits=rates)})
     assert [row["folds"] for row in results.collect(tmp_path)] == [1]
+
+
+def test_figures_of_a_class_are_of_its_own_videos(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "draw_confusion", lambda confusion, *rest: drawn.append(confusion.tolist()))
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])[:, None]  # taken for a, b, b
+    results.write_classes(tmp_path, "pool", ("a", "b"), logits, logits, torch.tensor([0, 0, 1]))
+    with (tmp_path / "per-class-pool.csv").open() as file:
+        a, b = csv.DictReader(file)
+    assert (a["videos"], a["Clip@1"], a["Video@1"], a["most often taken for"], a["times"]) == (
+        "2", "50.00", "50.00", "b", "1"
+    )  # fmt: skip
+    assert (b["videos"], b["Clip@1"], b["Video@1"], b["times"]) == ("1", "100.00", "100.00", "0")
+    assert drawn == [[[1, 1], [0, 1]]]
+
+
+def test_neighbours_are_of_the_clips_over_the_whole_video():
+    corners = torch.eye(2)
+    gallery, labels = corners[:, None], torch.arange(2)
+    queries = torch.stack([3 * corners.flip(0), 3 * corners.flip(0), corners], dim=1)  # the first two at random times
+    found = results.neighbours({"pool": gallery}, labels, {"pool": queries}, labels, num_random=2)["pool"]
+    assert found["kNN@1"] == found["R@1"] == 100
+
+
+def test_a_stored_classifier_goes_on_with_its_encoder_videos_and_recipe_alone(tmp_path):
+    made = {"encoder": "a", "data": "b", "recipe": {"parts": ["all"], "seed": 0}}
+    stored = evaluation.StoredClassifier(tmp_path, {"resume": True, "test_only": False}, **made)
+    assert stored.load() == {}
+    stored.save("all", epoch=3)
+    assert stored.load() == {"all": {"epoch": 3}}
+    for change, told in (
+        ({"encoder": "c"}, "trained with encoder a, now c"),
+        ({"data": "c"}, "trained with data b, now c"),
+        ({"recipe": {"parts": ["all"], "seed": 1}}, "trained with seed 0, now 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            evaluation.StoredClassifier(tmp_path, stored.cfg, **{**made, **change}).load()
+
+
+def test_variants_of_an_evaluation_have_folders_of_their_own():
+    plain = {"checkpoint": None, "random_weights": False, "few_shot_ratio": None, "use_rest_classes": False}
+
+    def variant(seed=0, few_shot_seed=42, **options):
+        cfg = {"benchmark": {"name": "x"}, "few_shot_seed": few_shot_seed, "seed": seed}
+        return evaluation.variant(argparse.Namespace(**{**plain, **options}), cfg)
+
+    assert variant() == "" and variant(seed=1) == "seed-1"
+    assert variant(seed=2, few_shot_seed=3, few_shot_ratio=0.1) == "few-shot-0.1-seed-3_seed-2"
+    assert variant(random_weights=True, use_rest_classes=True) == "random-weights_rest-classes"
+    assert variant(checkpoint="a/b.pth.tar") != variant(checkpoint="b.pth.tar")

@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from utils.metrics import leave_one_out_accuracy, nearest_neighbour_accuracy, retrieval
-from utils.retrieval import controls, draw_answers, draw_map, held_out_figures
+from utils.retrieval import controls, draw_answers, draw_map, embed, held_out_figures
 
 
 @pytest.fixture
@@ -73,6 +74,48 @@ def test_what_pre_training_watches(embeddings):
     figures = held_out_figures(shuffled)
     assert figures["v2a_R@1"] < 20.0
     assert "kNN@5" not in figures  # nothing has a label
+
+
+def test_sound_to_video_is_not_video_to_sound(embeddings):
+    """The first sound lies nearer to the other video than to its own."""
+    video, audio = (torch.tensor(degrees).deg2rad() for degrees in ([50.0, 0.0], [20.0, 0.0]))
+    angles = {"video": video, "audio": audio}
+    two = {name: torch.stack([x.cos(), x.sin()], dim=1)[:, None] for name, x in angles.items()}
+    figures = held_out_figures({name: value[:2] for name, value in embeddings.items()} | two)
+    assert figures["v2a_R@1"] == 100.0 and figures["a2v_R@1"] == 50.0
+
+
+def test_neighbours_are_of_all_windows_and_need_five_others(embeddings):
+    embeddings["features"][:, 0] = torch.eye(3)[0]  # which tells nothing apart
+    assert held_out_figures(embeddings)["kNN@5"] == 100.0
+    for labelled, told in ((4, []), (5, []), (6, ["kNN@5"])):
+        label = embeddings["label"].where(torch.arange(30) < labelled, torch.tensor(-1))
+        figures = held_out_figures(embeddings | {"label": label})
+        assert [name for name in figures if name.startswith("kNN")] == told
+    assert set(leave_one_out_accuracy(torch.eye(4), torch.arange(4), (5,))) == {"kNN@3"}
+
+
+class Encoder(nn.Module):
+    """The video through a BN, the sound as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.video_model = nn.BatchNorm1d(3)
+
+    def forward(self, video, audio):
+        return self.video_model(video), audio
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_the_network_as_it_was(training):
+    model = Encoder().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    clips = 5 + torch.randn(4, 2, 3)
+    batch = {"frames": clips, "waveform": clips, "index": torch.arange(4), "label": torch.arange(4), "failures": []}
+    found = embed(model, [batch], lambda batch: (batch["frames"], batch["waveform"]))
+    torch.testing.assert_close(found["video"], clips, rtol=1e-4, atol=1e-4)  # by the stored statistics, 0 and 1
+    assert model.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_controls_take_away_motion_and_the_order_of_sound():
