@@ -1,4 +1,4 @@
-"""Videos on disk -> batches. `build_videos` lists them, `ClipRecipe` and the data sets of `video_dataset` cut them."""
+"""From videos on disk to batches: `build_videos` lists them, the data sets in `video_dataset` cut clips from them."""
 
 import argparse
 import logging
@@ -28,54 +28,54 @@ from utils.errors import UserError
 
 log = logging.getLogger("avssrl")
 
-MONITOR_VIDEOS = 200  # held-out videos that pre-training measures itself on
+MONITOR_VIDEOS = 200  # maximum number of held-out videos for monitoring during pre-training
 
 LISTS: dict[str, Callable[[dict, str], VideoList]] = {
     "vggsound": vggsound.list_videos,
     "ucf101": ucf.list_videos,
     "hmdb51": hmdb.list_videos,
-    "demo": ucf.list_videos,  # laid out as UCF-101
+    "demo": ucf.list_videos,  # same layout as UCF-101
     "folder": folder.list_videos,
 }
 
 
 def build_videos(dataset: dict, split: str) -> VideoList:
-    """The videos of one split of a configuration's `dataset` section.
+    """List the videos of one split of a configuration's `dataset` section.
 
     Raises:
-        UserError: the root is not set or not there, or holds no video of this split.
+        UserError: the root is not set, does not exist or holds no video of this split.
     """
     if dataset["root"] is None:
-        raise UserError("dataset.root is not set: put it into the YAML, or add --set dataset.root=DIR")
+        raise UserError("dataset.root is not set: set it in the YAML, or add --set dataset.root=DIR")
     if not Path(dataset["root"]).is_dir():
         hint = (
-            f"python3 -m datasets.demo --root {dataset['root']} makes it"
+            f"run python3 -m datasets.demo --root {dataset['root']} to create it"
             if dataset["name"] == "demo"
-            else "set dataset.root to where it lies"
+            else "set dataset.root to its location"
         )
         raise UserError(f"{dataset['root']}: no such folder for data set {dataset['name']}; {hint}")
     return LISTS[dataset["name"]](dataset, split)
 
 
 def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> DataLoader:
-    """This rank's loader of training clips; its `batch_sampler` is an `EpochBatches`, its `dataset` `TrainingClips`.
+    """Build this rank's loader of training clips (`batch_sampler`: `EpochBatches`, `dataset`: `TrainingClips`).
 
-    With `pairs` a sample is two clips of a video and no sound.
+    With `pairs`, a sample is two clips of a video without sound.
 
     Raises:
-        UserError: the data are not there, or the batch does not divide among processes and micro-batches, or is larger
-            than an epoch.
+        UserError: the data are missing, or the batch is not divisible by processes x micro-batches, or is larger than
+            an epoch.
     """
     data, pieces = cfg["dataset"], world_size() * cfg["accumulate"]
     if data["batch_size"] % pieces:
         raise UserError(
-            f"dataset.batch_size: {data['batch_size']} is the total, and does not divide into {world_size()} processes "
+            f"dataset.batch_size: {data['batch_size']} is the total and does not divide into {world_size()} processes "
             f"x {cfg['accumulate']} micro-batches (accumulate)"
         )
     train = data["train"]
     videos = build_videos(data, train["split"])
     if train["return_labels"] and (videos.labels < 0).all():
-        raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; leave the key out, or add them")
+        raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; remove the key, or add labels")
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
     clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, _decoded(cfg, sound=not pairs))
     batches = EpochBatches(
@@ -88,7 +88,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     )
     if not batches.steps:
         raise UserError(
-            f"dataset.batch_size: {data['batch_size']} is more than the {len(clips)} clips of an epoch "
+            f"dataset.batch_size: {data['batch_size']} exceeds the {len(clips)} clips of an epoch "
             f"({len(videos)} videos x {train['clips_per_video']}); lower it, or raise train.clips_per_video"
         )
     return make_loader(clips, _workers(cfg), device, batch_sampler=batches)
@@ -97,16 +97,14 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
 def build_held_out(
     cfg: dict, device: torch.device, most: int | None = MONITOR_VIDEOS, trained: VideoList | None = None
 ) -> DataLoader:
-    """A loader of the test split's videos (at most so many, evenly over the list), `clips_per_video` windows each.
+    """Build a loader of the test split's videos, `clips_per_video` windows each.
 
-    A warning tells how many of them are among the `trained` ones.
+    Uses at most `most` videos, evenly spaced in the list. Warns if any of the split's videos are also in `trained`.
     """
     data = cfg["dataset"]
     videos = build_videos(data, data["test"]["split"])
     if trained is not None and (both := set(trained.names()) & set(videos.names())):
-        log.warning(
-            "%d of %d held-out videos are training videos, too: learned by heart counts", len(both), len(videos)
-        )
+        log.warning("%d of %d held-out videos are training videos, too: memorised videos count", len(both), len(videos))
     recipe = ClipRecipe.from_config(data, augment=False)
     windows = data["test"]["clips_per_video"]
     clips = EvenClips(videos, recipe, windows, _decoded(cfg))
@@ -117,10 +115,10 @@ def build_held_out(
 
 
 def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str]]:
-    """The labelled videos of an evaluation's `train` or `test`, and the names of those that are missing.
+    """List the labelled videos of an evaluation's `train` or `test` split, and the names of the missing ones.
 
     Raises:
-        UserError: the data are not there; or videos are missing and that is not allowed.
+        UserError: there are no data, or videos are missing and `allow_missing` is False.
     """
     dataset = {**cfg["dataset"], "fold": fold}
     return present_videos(build_videos(dataset, dataset[part]["split"]), allow_missing)
@@ -130,8 +128,8 @@ def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tupl
 class FoldData:
     """The videos of one fold.
 
-    `chosen` are the rows of `train` to train on, `parts` those classes that get a classifier each (all; or seen and
-    unseen ones), with their rows of `train` and `test`; `missing` the names of absent files.
+    `chosen` holds the rows of `train` to train on; `parts` the groups of classes with one classifier each (all, or seen
+    and unseen) and their rows of `train` and `test`; `missing` the names of absent files.
     """
 
     train: VideoList
@@ -142,18 +140,18 @@ class FoldData:
 
 
 def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
-    """The videos of one fold of an evaluation, and the parts that get a classifier each.
+    """List the videos of one fold of an evaluation, and the parts that get one classifier each.
 
-    `args` are the command line's: `few_shot_ratio`, `use_rest_classes`, `allow_missing`.
+    `args` holds the command-line options `few_shot_ratio`, `use_rest_classes` and `allow_missing`.
 
     Raises:
-        UserError: bad lists, videos in both, files that are missing and may not be, or another number of classes than
-            the YAML's.
+        UserError: bad lists, videos in both splits, missing files without `allow_missing`, or a number of classes that
+            differs from the YAML's.
     """
     if cfg["dataset"]["num_folds"] and "{fold" not in cfg["dataset"]["train"]["split"]:
         raise UserError(
             f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
-            f"{cfg['dataset']['num_folds']}; put {{fold}} where the fold's number stands"
+            f"{cfg['dataset']['num_folds']}; replace the fold's number by {{fold}}"
         )
     train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
     test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
@@ -161,13 +159,13 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
     if both:
         raise UserError(
             f"dataset.test.split: {len(both)} of its {len(test)} videos are training videos, too, such as {min(both)}: "
-            "what was learned by heart would count"
+            "memorised videos would count as correct"
         )
     asked = cfg["model"]["args"]["n_classes"]
     if asked not in (None, len(train.classes)):
         raise UserError(
             f"model.args.n_classes: {asked}, but the data have {len(train.classes)} classes; "
-            f"leave it out, or --set model.args.n_classes={len(train.classes)}"
+            f"omit it, or --set model.args.n_classes={len(train.classes)}"
         )
     chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
     parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
@@ -175,10 +173,10 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
 
 
 def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> DataLoader:
-    """This rank's loader of random training clips for a classifier; its `batch_sampler` is a `SharedBatches`.
+    """Build this rank's loader of random training clips for a classifier (`batch_sampler`: `SharedBatches`).
 
     Raises:
-        UserError: an epoch does not fill one batch, and the YAML drops smaller ones.
+        UserError: an epoch does not fill one batch and `drop_last` is set.
     """
     data, train = cfg["dataset"], cfg["dataset"]["train"]
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
@@ -188,12 +186,12 @@ def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> Dat
 
 
 def training_batches(cfg: dict, clips: int, rank: int = 0, world_size: int = 1) -> SharedBatches:
-    """The batches of an epoch of so many clips. UserError where there is none."""
+    """Return the batches of an epoch of `clips` clips. Raises UserError if there are none."""
     data = cfg["dataset"]
     batches = SharedBatches(clips, data["batch_size"], rank, world_size, data["train"]["drop_last"])
     if not batches.steps:
         raise UserError(
-            f"dataset.batch_size: {data['batch_size']} is more than the {clips} clips of an epoch; lower it, raise "
+            f"dataset.batch_size: {data['batch_size']} exceeds the {clips} clips of an epoch; lower it, raise "
             "train.clips_per_video, or --set dataset.train.drop_last=false"
         )
     return batches
@@ -202,7 +200,7 @@ def training_batches(cfg: dict, clips: int, rank: int = 0, world_size: int = 1) 
 def build_video_clips(
     cfg: dict, videos: VideoList, device: torch.device, augment: bool = False, num_random: int = 0, num_dense: int = 0
 ) -> DataLoader:
-    """This rank's loader of all clips of its share of the videos, about `batch_size` clips a step over all ranks."""
+    """Build this rank's loader of all clips of its videos, about `batch_size` clips per step over all ranks."""
     clips = VideoClips(videos, ClipRecipe.from_config(cfg["dataset"], augment), cfg["seed"], num_random, num_dense)
     step = max(world_size(), cfg["dataset"]["batch_size"] // (num_random + num_dense))
     batches = SharedBatches(len(videos), step, rank(), world_size())
@@ -210,7 +208,7 @@ def build_video_clips(
 
 
 def _decoded(cfg: dict, sound: bool = True) -> DecodedVideos | None:
-    """Where a pre-training's decoded videos are kept; None where they are not."""
+    """Return the cache of decoded videos, or None without `dataset.decode_once`."""
     data = cfg["dataset"]
     if not data["decode_once"]:
         return None
@@ -218,7 +216,7 @@ def _decoded(cfg: dict, sound: bool = True) -> DecodedVideos | None:
 
 
 def _workers(cfg: dict) -> int:
-    """This process' share of the node's workers."""
+    """Return this process's share of the node's workers."""
     return -(-cfg["num_workers"] // local_world_size())
 
 

@@ -1,4 +1,4 @@
-"""Which classes and which training videos an evaluation uses: seen and unseen concepts, few-shot subsets."""
+"""Select the classes and training videos of an evaluation: seen and unseen concepts, few-shot subsets."""
 
 import difflib
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets.video_dataset import VideoList
 from utils.errors import UserError
 
-REST_CLASSES = {  # the thesis' unseen concepts: classes that no label of VGGSound covers
+REST_CLASSES = {  # the thesis' unseen concepts: classes not covered by any VGGSound label
     "ucf101": Path(__file__).parent / "rest_classes/ucf_rest_classes.txt",
     "hmdb51": Path(__file__).parent / "rest_classes/hmdb_rest_classes.txt",
 }
@@ -22,10 +22,9 @@ REST_CLASSES = {  # the thesis' unseen concepts: classes that no label of VGGSou
 
 @dataclass(frozen=True)
 class Part:
-    """Classes that get a classifier of their own, and the videos of these classes.
+    """A group of classes with its own classifier, and the videos of these classes.
 
-    `train` and `test` are rows of the training and the test list, int64; the labels beside them count this part's
-    classes from 0 on.
+    `train` and `test` are rows of the training and test lists (int64). The labels number this part's classes from 0.
     """
 
     name: str  # all, unseen or seen
@@ -40,10 +39,10 @@ class Part:
 
 
 def rest_classes_file(dataset: dict) -> Path:
-    """The list of unseen classes: `dataset.rest_classes`, else the thesis' for this data set.
+    """Return the list of unseen classes: `dataset.rest_classes`, else the thesis' list for this data set.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     if dataset["rest_classes"] is not None:
         return Path(dataset["rest_classes"])
@@ -57,13 +56,13 @@ def rest_classes_file(dataset: dict) -> Path:
 def make_parts(
     train: VideoList, test: VideoList, chosen: np.ndarray, rest_classes: str | Path | None = None
 ) -> list[Part]:
-    """The parts of an evaluation: `all`, or with a file of unseen classes `unseen` and `seen`.
+    """Return the parts of an evaluation: `all`, or `unseen` and `seen` if a file of unseen classes is given.
 
     Args:
         chosen: rows of the training list to train on (see `few_shot_rows`).
 
     Raises:
-        UserError: a name in the file is no class; or a part has no training or no test video.
+        UserError: a name in the file is not a class, or a part has no training or no test video.
     """
     groups = {"all": list(train.classes)}
     if rest_classes is not None:
@@ -89,12 +88,12 @@ def _make_part(name: str, classes: list[str], train: VideoList, test: VideoList,
 
 
 def read_unseen(file: str | Path, classes: tuple[str, ...]) -> list[str]:
-    """The classes that a list names, one a line, in the data set's own spelling. Lines that begin with # are comments.
+    """Read a list of classes, one per line (# starts a comment line), and return them in the data set's spelling.
 
-    Spelling is free: `HandstandPushups` is `handstand pushups`, and `shake_hands` is `shake hands`.
+    Only letters and digits are compared, ignoring case: `HandstandPushups` matches `handstand pushups`.
 
     Raises:
-        UserError: the file cannot be read, or a name is in no class of the data set (with the nearest one).
+        UserError: the file cannot be read, or a name is not a class of the data set (the nearest one is suggested).
     """
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
@@ -119,14 +118,14 @@ def _letters(name: str) -> str:
 
 
 def few_shot_rows(videos: VideoList, ratio: float | None, seed: int) -> np.ndarray:
-    """Rows of a training list that keep floor(ratio * n) of each class's n videos, at least one: int64, ascending.
+    """Select rows of a training list: floor(ratio * n) of each class's n videos, at least one (int64, ascending).
 
-    A class's videos are put in an order that depends on the seed, the class and their names alone, and the first ones
-    are kept: so a larger ratio's subset contains a smaller one's, and unseen classes have the same subset whether or
-    not they are looked at by themselves. None keeps all.
+    The first videos of each class are kept, in an order that depends only on the seed, the class and the names. So
+    larger ratios contain the subsets of smaller ones, and a class has the same subset in every part. A ratio of None
+    keeps all videos.
 
     Raises:
-        UserError: the ratio is not above 0 and at most 1.
+        UserError: the ratio is not in (0, 1].
     """
     if ratio is None:
         return np.arange(len(videos))

@@ -1,4 +1,4 @@
-"""A picture of random clips of a folder, with their sound: what a person looks at before training for a week."""
+"""Contact sheet: random clips of a folder with their sound, to be looked at before training for a week."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from utils.figures import drawable, save_figure
 
 FRAMES = 4
 SAMPLE_RATE = 4000  # Hz, enough to draw
-SECONDS = 12.0  # of a video, at most
+SECONDS = 12.0  # maximum per video
 
 
 def draw_contact_sheet(
     root: str | Path, names: Sequence[str], file: str | Path, count: int = 12, seed: int = 0
 ) -> None:
-    """Draw `count` random videos: four frames over their length, the waveform below, and what could not be read.
+    """Draw `count` random videos: four frames over their length with the waveform below, or the decoding error.
 
     Raises:
-        UserError: the picture cannot be written.
+        UserError: the image cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -61,5 +61,5 @@ def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
             try:
                 sound = video.read(audio_start=start, audio_seconds=seconds, sample_rate=SAMPLE_RATE).waveform
             except DecodeError:
-                pass  # the manifest calls it broken; the picture shows no sound
+                pass  # marked as broken in the manifest, drawn without sound
     return np.stack(frames), sound, seconds

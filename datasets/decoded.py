@@ -1,12 +1,12 @@
-"""Videos decoded once and kept as they are shown, so that later clips cost no decoding (`dataset.decode_once`).
+"""Cache of decoded videos, so that later clips need no decoding (`dataset.decode_once`).
 
-A kept file is a line of JSON, then the frames' times (float64, seconds), the sound (float32 at the rate of the run) and
-the frames (uint8 RGB), 3 bytes a pixel. Clips are cut from it by memory map: all processes of a machine share what the
-system holds of it. It is for the video of that size and time of change, and made anew for another one.
+A cached file holds a line of JSON, the frame times (float64, seconds), the sound (float32 at the run's rate) and the
+frames (uint8 RGB, 3 bytes per pixel). Clips are cut from its memory map, so all processes of a machine share the page
+cache. If the video's size or modification time changes, the file is rebuilt.
 
-Frames are those that `VideoFile` answers, to the bit. The sound is equal to about 1e-6, but for what hangs on where
-decoding begins: the noise that AAC may put in place of high frequencies, and, where time stamps are rounded (Matroska),
-a place that is a few samples off.
+Frames are bit-identical to those of `VideoFile`. The sound is equal to about 1e-6, except where it depends on where
+decoding begins: AAC may replace high frequencies with noise, and rounded time stamps (Matroska) may shift it by a few
+samples.
 """
 
 import json
@@ -23,19 +23,19 @@ from utils.errors import UserError
 from utils.files import write_whole
 
 MAGIC = b"AV-SSRL decoded 1 "
-ALIGNMENT = 64  # bytes; of the data's beginning
-LARGEST = 2**29  # bytes of a video's frames; it is decoded whole in memory
-EVER = 1e6  # seconds before and after a stream: all of its frames, wherever the container says that it begins and ends
+ALIGNMENT = 64  # bytes; alignment of the data's offset
+LARGEST = 2**29  # bytes; limit for a video's frames, since it is decoded in memory as a whole
+EVER = 1e6  # seconds before and after a stream, to get all frames whatever span the container declares
 
 
 class DecodedVideos:
-    """Opens videos, each one decoded and kept below `folder` the first time.
+    """Opens videos; each is decoded once and cached below `folder`.
 
-    A video that does not decode completely over its whole span, whose frames are more than `LARGEST`, or whose times
-    run backwards, is not kept but opened as a `VideoFile`: what can be read of it, and its errors, are as ever.
+    A video that does not decode completely, exceeds `LARGEST` or has frame times that run backwards is not cached. It
+    is opened as a `VideoFile`, with the same clips and errors as ever.
 
     Args:
-        sample_rate: Hz, of the sound; 0: none is kept.
+        sample_rate: of the cached sound in Hz; 0: no sound is cached.
     """
 
     def __init__(self, folder: str | Path, sample_rate: int) -> None:
@@ -46,7 +46,7 @@ class DecodedVideos:
 
         Raises:
             DecodeError: it cannot be opened.
-            UserError: what was decoded cannot be written.
+            UserError: the cache cannot be written.
         """
         path, kept = root / name, self.folder / f"{name}.{self.sample_rate}.decoded"
         try:
@@ -63,7 +63,7 @@ class DecodedVideos:
         return DecodedFile(path, *found)
 
     def _keep(self, path: Path, kept: Path, stamp: dict) -> None:
-        """Decode a video and write the kept file; of one that cannot be kept, a header that says so."""
+        """Decode a video and write the cached file; if it cannot be cached, write a header that says so."""
         try:
             header, arrays = _decode(path, self.sample_rate)
         except DecodeError:
@@ -78,10 +78,10 @@ class DecodedVideos:
 
 
 def _decode(path: Path, sample_rate: int) -> tuple[dict, list[np.ndarray]]:
-    """What a kept file's header says of a video, and its arrays.
+    """Decode a video into the header and the arrays of a cached file.
 
     Raises:
-        DecodeError: it cannot be decoded completely, or is not to be kept.
+        DecodeError: it cannot be decoded completely, or must not be cached.
     """
     with VideoFile(path) as file:
         spans = {kind: file.span(kind) for kind in (("video", "audio") if sample_rate else ("video",))}
@@ -91,7 +91,7 @@ def _decode(path: Path, sample_rate: int) -> tuple[dict, list[np.ndarray]]:
             raise DecodeError(f"{path}: about {size:.0f} bytes of frames; at most {LARGEST} are kept")
         clip, first_sample = file.read(video_start=start - EVER, video_seconds=end - start + 2 * EVER), 0
         if (np.diff(clip.frame_times) < 0).any():
-            raise DecodeError(f"{path}: times of frames that run backwards")
+            raise DecodeError(f"{path}: frame times run backwards")
         if sample_rate:
             start, seconds = spans["audio"][0] - SLACK, spans["audio"][1] - spans["audio"][0] + 2 * SLACK
             clip.waveform = file.read(audio_start=start, audio_seconds=seconds, sample_rate=sample_rate).waveform
@@ -109,7 +109,7 @@ def _decode(path: Path, sample_rate: int) -> tuple[dict, list[np.ndarray]]:
 
 
 def _map(kept: Path, stamp: dict) -> tuple[dict, mmap.mmap, int] | None:
-    """A kept file's header, its memory map and where the data begin; None where it is no whole one of this video."""
+    """Return a cached file's header, memory map and data offset; None if it is incomplete or of another video."""
     try:
         with kept.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -127,7 +127,7 @@ def _map(kept: Path, stamp: dict) -> tuple[dict, mmap.mmap, int] | None:
 
 
 class DecodedFile:
-    """A kept video, of which any number of clips can be read as from a `VideoFile`. A context manager."""
+    """A cached video with the reading interface of `VideoFile`. A context manager."""
 
     def __init__(self, path: str | os.PathLike, header: dict, mapping: mmap.mmap, offset: int) -> None:
         self.path = os.fspath(path)
@@ -145,10 +145,10 @@ class DecodedFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing is to be done: the map goes with the last array that looks at it."""
+        """Do nothing: the map is freed with the last array that uses it."""
 
     def span(self, kind: str) -> tuple[float, float]:
-        """As `VideoFile.span`, of a stream that was kept."""
+        """Return the span of a cached stream; see `VideoFile.span`."""
         return tuple(self._spans[kind])
 
     def read(
@@ -162,10 +162,10 @@ class DecodedFile:
         sample_rate: int | None = None,
         crop: tuple[int, int, int, int] | None = None,
     ) -> Clip:
-        """As `VideoFile.read`, with all arguments of a stream (but for the crop), or none of it.
+        """Read a clip; see `VideoFile.read`. Each stream needs all of its arguments (except `crop`) or none.
 
         Raises:
-            ValueError: sound was asked for that was not kept, in another rate.
+            ValueError: the sound is not cached at this sample rate.
         """
         clip = Clip(np.empty((0, 0, 0, 3), np.uint8), np.empty(0), np.empty(0, np.float32), 0)
         if video_start is not None:
@@ -190,7 +190,7 @@ class DecodedFile:
         return frames, np.array([time for time, _ in chosen])
 
     def _samples(self, first: int, length: int) -> np.ndarray:
-        """`length` samples from the kept one number `first` on; zeros outside."""
+        """Return `length` samples, starting at index `first` of the cached ones; zeros outside."""
         out = np.zeros(length, np.float32)
         part = self._waveform[max(first, 0) : max(first + length, 0)]
         at = max(-first, 0)

@@ -1,4 +1,4 @@
-"""One pass of a decoder over a stream of an open file, and which of its frames a clip takes."""
+"""One pass of a decoder over a stream of an open file, and the selection of a clip's frames."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets.decoding import AudioInfo, VideoInfo
 
-SAME_TIME = 1e-9  # seconds; below this, floating-point noise
-MOST_HELD = 100_000_000  # bytes of packets that are held at once to learn which frames there are
+SAME_TIME = 1e-9  # seconds; smaller differences are floating-point noise
+MOST_HELD = 100_000_000  # bytes; limit for the packets held to find out which frames exist
 SKIPPING_CODECS = ("h264", "hevc", "mpeg4")  # decoders whose NONREF skipping may be changed while they run
 
 MediaError = (av.error.FFmpegError, ValueError, EOFError)
@@ -19,7 +19,7 @@ Timed = tuple[float, "av.video.frame.VideoFrame"]
 
 
 class Run:
-    """One pass of a decoder over a stream: yields (time, frame) in the order of display, and keeps count."""
+    """One pass of a decoder over a stream: yields (time, frame) in display order and records what it saw."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class Run:
     ) -> None:
         self.from_start = from_start
         self.declared_end = info.start + info.duration if info.duration else -math.inf  # -inf: not declared
-        self.first = math.inf  # time of the first frame given out
-        self.first_is_whole = True  # whether that frame, of a video, needs none that were not decoded
+        self.first = math.inf  # time of the first frame in output
+        self.first_is_whole = True  # whether that video frame depends only on decoded frames
         self.sample_rate = getattr(info, "sample_rate", 0)  # Hz
-        self.packets: list[float] = []  # times of the packets with data
-        self.reach = -math.inf  # where the last of them ends
-        self.ended = False  # whether the data was read to its end
+        self.packets: list[float] = []  # times of the packets that hold data
+        self.reach = -math.inf  # latest end of these packets
+        self.ended = False  # whether all data was read
         self._container, self._stream = container, stream
         self._start, self._step = info.start, 1 / info.fps if getattr(info, "fps", 0) else 0.0
         self._time_base = stream.time_base
@@ -49,19 +49,19 @@ class Run:
             for frame in self._decode(packet):
                 time = self._time(frame, self._start if before is None else before + self._step)
                 self._note(frame, time)
-                frame.time_base = self._time_base  # PyAV leaves it out where the decoder held the frame back
+                frame.time_base = self._time_base  # PyAV omits it if the decoder delayed the frame
                 yield time, frame
                 before = time
 
     def pick_sparingly(self, pick: "Callable[[Iterable[Timed]], list[Timed]]", first: float, last: float) -> list:
-        """What `pick` takes of this run's frames, without decoding frames that are neither taken nor referred to.
+        """Return the frames that `pick` selects, without decoding those neither selected nor referenced.
 
-        The time stamps of packets tell which frames there are before one is decoded. Nothing where they do not: where
-        they are missing or doubled, where the decoder gives out other times, or where the run begins after `first`.
+        The packets' time stamps show in advance which frames exist. Returns an empty list if they are missing or
+        duplicated, if the decoder outputs other times, or if the run begins after `first`.
 
         Args:
-            pick: takes frames from those in the order of display; looks at their times alone.
-            first, last: seconds, of what it looks for.
+            pick: selects from (time, frame) pairs in display order, by their times alone.
+            first, last: range of the times that `pick` looks for, in seconds.
         """
         packets = self._packets_up_to(last) if self._can_skip else []
         times = sorted(time for time, _ in packets)
@@ -72,7 +72,7 @@ class Run:
         end = 1 + max((i for i, (time, _) in enumerate(packets) if time in found), default=-1)
         context = self._stream.codec_context
         try:
-            for time, packet in [*packets[:end], (math.nan, None)]:  # None has the decoder give out what it holds back
+            for time, packet in [*packets[:end], (math.nan, None)]:  # None flushes the decoder
                 context.skip_frame = "DEFAULT" if time in found or packet is None else "NONREF"
                 for frame in self._decode(packet):
                     time = self._time(frame, math.nan)
@@ -86,50 +86,50 @@ class Run:
         return [(time, found[time]) for time in wanted]
 
     def _note(self, frame: "av.VideoFrame | av.AudioFrame", time: float) -> None:
-        """With periodic intra refresh, decoders may give out frames that are half made of ones before the seek."""
+        """Record a frame. With periodic intra refresh, frames after a seek may depend on frames before it."""
         if self.first == math.inf and isinstance(frame, av.VideoFrame):
-            cut = self.packets[0] < self._start  # by an edit list: the key frame is decoded, and not shown
+            cut = self.packets[0] < self._start  # by an edit list: the key frame is decoded but not shown
             self.first_is_whole = frame.key_frame or cut
         self.first = min(self.first, time)
 
     def covers(self, first: float) -> bool:
-        """Whether decoding began at or before `first`, and with a frame that refers to none before it."""
+        """Whether decoding began at or before `first`, with a frame that does not depend on earlier ones."""
         return self.first_is_whole and self.first <= first + SAME_TIME
 
     def end(self) -> float:
-        """Where the data ends, seconds, found without decoding. Packets without times count as one frame each."""
+        """Return where the data ends (seconds), without decoding. Packets without times count as one frame each."""
         number = sum(packet is not None for packet in self._demux())
         if number and self._step and self.packets[0] == self.packets[-1]:
             return self._start + number * self._step
         return max(self.reach, self._start)
 
     def packets_within(self, start: float, stop: float) -> np.ndarray:
-        """Times of the packets with data from `start` to `stop`, seconds."""
+        """Return the times of the packets that hold data in [start, stop), in seconds."""
         times = np.array(self.packets)
         return times[(times >= start) & (times < stop)]
 
     def _demux(self) -> "Iterator[av.Packet | None]":
-        """The packets with data, then None to drain the decoder: also where the data breaks off."""
+        """Yield the packets that hold data, then None to flush the decoder, even if the data is truncated."""
         packets = self._container.demux(self._stream)
         try:
             for packet in packets:
-                if packet.size == 0:  # PyAV's own drain packet; AVI's and Ogg's "nothing new to show"
+                if packet.size == 0:  # PyAV's flush packet; in AVI and Ogg, nothing new to show
                     continue
                 time = self._time(packet, self._start)
                 self.packets.append(time)
                 self.reach = max(self.reach, time + self._seconds(packet.duration or 0))
                 yield packet
         except MediaError:
-            pass  # what is missing is found by comparing `reach` with what the file declares
+            pass  # missing data is found by comparing `reach` with the declared end
         finally:
             packets.close()
         self.ended = True
         yield None
 
     def _packets_up_to(self, last: float) -> "list[tuple[float, av.Packet]]":
-        """(time, packet) in the order of decoding, up to where no frame follows that could be shown by `last`.
+        """Return (time, packet) in decoding order, until no later packet can be shown by `last`.
 
-        A packet without a time stamp has the time NaN. Nothing where they are more than `MOST_HELD`.
+        A packet without a time stamp has time NaN. Returns an empty list if the packets exceed `MOST_HELD` bytes.
         """
         packets, after, held = [], math.inf, 0
         for packet in self._demux():
@@ -150,7 +150,7 @@ class Run:
         try:
             return self._stream.codec_context.decode(packet)
         except MediaError:
-            return []  # a damaged packet; the caller sees what is missing by its time
+            return []  # a damaged packet; the caller detects missing frames by their times
 
     def _time(self, item: "av.Packet | av.frame.Frame", otherwise: float) -> float:
         stamp = item.dts if self._from_dts or item.pts is None else item.pts
@@ -161,7 +161,7 @@ class Run:
 
 
 def nearest(run: "Run | Iterable[Timed]", start: float, fps: float, number: int | None) -> list[Timed]:
-    """For each time start + i / fps, i < `number`, the frame nearest to it; `number` None: until the frames end."""
+    """Select the frame nearest to each time start + i / fps for i < `number` (None: until the frames end)."""
     chosen, before = [], None
     for time, frame in run:
         while len(chosen) != number and (target := start + len(chosen) / fps) <= time:
@@ -178,7 +178,7 @@ def nearest(run: "Run | Iterable[Timed]", start: float, fps: float, number: int 
 
 
 def within(run: "Run | Iterable[Timed]", start: float, stop: float) -> list[Timed]:
-    """All frames with start <= time < stop."""
+    """Select all frames with start <= time < stop."""
     chosen = []
     for time, frame in run:
         if time >= stop - SAME_TIME:
@@ -189,7 +189,7 @@ def within(run: "Run | Iterable[Timed]", start: float, stop: float) -> list[Time
 
 
 def distance(times: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """From each of `times` to the nearest of `others`, seconds."""
+    """Return the distance from each of `times` to the nearest of `others`, in seconds."""
     if len(others) == 0:
         return np.full(len(times), np.inf)
     others = np.sort(others)

@@ -1,20 +1,20 @@
-"""Open a media file, find the frames and samples of some seconds of it, and hand them over as arrays (PyAV).
+"""Decode the frames and samples of an interval of a media file into arrays (PyAV).
 
-Times are seconds on the file's own time stamps (`pts * time_base`, the start time not subtracted). Whatever the file,
-a clip equals the one cut from a decode of the whole file: a seek that lands too late is repeated from further back, at
-last from the first packet, and choices are made on the decoder's output times, never by counting frames. (But for AAC
-with noise substitution: which noise stands for the high frequencies hangs on where decoding began.)
+Times are in seconds and follow the file's time stamps (`pts * time_base`, without subtracting the start time). A clip
+always equals the same interval of a decode of the whole file: a seek that lands too late is repeated from further back,
+finally from the first packet, and frames are selected by the decoder's output times, never by counting. The exception
+is AAC with noise substitution, where the noise in the high frequencies depends on where decoding began.
 
-What happens at the borders:
+At the borders:
 
-* Frames before the first or after the last one repeat the first or the last; samples outside the stream are zeros.
-* A stream may end up to `SLACK` seconds before its declared end. A clip that reaches further is a DecodeError, and so
-  is one whose frames the decoder lost: a frame that lies `SLACK` seconds further from its target than some packet does.
-  Where no end is declared, the data's end is the stream's. A read without an end takes what can be decoded, if that is
-  anything at all.
-* AVI stores no presentation times, and the demuxer's guesses run backwards with B-frames: there the time of a frame is
-  the decoding time at which the decoder gives it out, as in FFmpeg's own tools. Elsewhere a frame without a time stamp
-  takes its decoding time, and without that, the time of the frame before plus one frame.
+* The first and the last frame are repeated before and after the stream; samples outside the stream are zeros.
+* A stream may end up to `SLACK` seconds before its declared end. A clip that reaches further raises a DecodeError, as
+  does one with lost frames: a frame that lies `SLACK` seconds further from its target than some packet does. If no end
+  is declared, the stream ends with its data. A read without an end returns what can be decoded, and fails if nothing
+  can.
+* AVI stores no presentation times, and the demuxer's guesses run backwards with B-frames. There, a frame's time is the
+  decoding time at which the decoder outputs it, as in FFmpeg's own tools. In other formats, a frame without a time
+  stamp gets its decoding time, or else the time of the previous frame plus one frame duration.
 """
 
 import math
@@ -31,35 +31,35 @@ import numpy as np
 from datasets.decoder_run import MediaError, Run, Timed, distance, nearest, within
 from datasets.waveform import FILTER_MARGIN, cut, end_of, mono_pieces
 
-SLACK = 0.5  # seconds that declared and decoded ends, or packets and frames, may lie apart
-PREROLL = 0.3  # seconds of audio decoded before those needed: priming, overlap, mp3's bit reservoir
+SLACK = 0.5  # seconds; tolerance between declared and decoded ends, and between packets and frames
+PREROLL = 0.3  # seconds of audio decoded before the start: priming, overlap, mp3's bit reservoir
 ANY_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}  # PyAV 19: always so
-NOT_MEDIA = ("tty", "bin", "xbin", "adf", "idf")  # demuxers that draw text files as pictures
+NOT_MEDIA = ("tty", "bin", "xbin", "adf", "idf")  # demuxers that render text files as images
 
-av.logging.set_level(None)  # damaged files are reported by DecodeError, not by FFmpeg's lines on the console
+av.logging.set_level(None)  # damaged files are reported by DecodeError, not by FFmpeg on the console
 
 
 class DecodeError(Exception):
-    """A file that cannot be read as asked. One line: the path, what was asked for, what was found."""
+    """A file cannot be read as requested. The message is one line: path, request, finding."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video stream, as the container declares it. `width` and `height` (pixels) are those after rotation."""
+    """A video stream as declared by the container. `width` and `height` (pixels) apply after rotation."""
 
     start: float  # seconds
     duration: float  # seconds; 0: not declared
     fps: float  # average, Hz; 0: not declared
     width: int
     height: int
-    rotation: int  # degrees counter-clockwise that make the stored pictures upright: 0, 90, 180 or 270
+    rotation: int  # degrees counter-clockwise that turn the stored frames upright: 0, 90, 180 or 270
     codec: str
     frames: int | None  # None: not declared
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """An audio stream, as the container declares it."""
+    """An audio stream as declared by the container."""
 
     start: float  # seconds
     duration: float  # seconds; 0: not declared
@@ -70,7 +70,7 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What `probe` finds: the first video and the first audio stream that have a decoder, None where there is none."""
+    """Result of `probe`: the first video and the first audio stream that have a decoder, else None."""
 
     path: str
     video: VideoInfo | None
@@ -79,10 +79,10 @@ class MediaInfo:
 
 @dataclass(repr=False)
 class Clip:
-    """Decoded seconds of a file. A stream that is missing or was not asked for has length 0."""
+    """A decoded interval of a file. A stream that is missing or was not requested has length 0."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8 RGB, upright
-    frame_times: np.ndarray  # (T,) float64 seconds, of the frames themselves (not of the times asked for)
+    frame_times: np.ndarray  # (T,) float64 seconds; the frames' own times, not the requested ones
     waveform: np.ndarray  # (L,) float32 mono in [-1, 1]
     sample_rate: int  # Hz; 0 without audio
 
@@ -91,7 +91,7 @@ class Clip:
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
-    """Streams, durations and rates of a file, without decoding. Raises DecodeError where it cannot be opened."""
+    """Return a file's streams, durations and rates without decoding. Raises DecodeError if it cannot be opened."""
     with VideoFile(path) as file:
         return file.info
 
@@ -107,7 +107,7 @@ def read_clip(
     sample_rate: int | None = None,
     crop: tuple[int, int, int, int] | None = None,
 ) -> Clip:
-    """Open, read one clip, close. Arguments and errors are those of `VideoFile.read`."""
+    """Open a file, read one clip and close it. Arguments and errors are those of `VideoFile.read`."""
     with VideoFile(path) as file:
         return file.read(
             video_start=video_start,
@@ -121,16 +121,16 @@ def read_clip(
 
 
 class VideoFile:
-    """An open media file, of which any number of clips can be read. A context manager.
+    """An open media file from which any number of clips can be read. A context manager.
 
     Raises:
-        DecodeError: no regular file, or no media in it that can be decoded.
+        DecodeError: it is not a regular file, or holds no media that can be decoded.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         self._container = None
-        self._sparing = True  # until packets' time stamps turn out not to tell which frames there are
+        self._sparing = True  # False once the packets' time stamps do not show which frames exist
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._check_regular_file()
         self._open()
@@ -163,22 +163,22 @@ class VideoFile:
         sample_rate: int | None = None,
         crop: tuple[int, int, int, int] | None = None,
     ) -> Clip:
-        """Decode the seconds asked for. Naming any argument of a stream asks for it; naming none asks for all there is.
+        """Decode an interval. Passing any argument of a stream requests it; passing none requests all streams.
 
         Args:
             video_start: seconds; None: the stream's start.
             video_seconds: duration in seconds; None: to the end.
-            fps: Hz; round(video_seconds * fps) frames, each the one nearest to video_start + i / fps (of two equally
-                near, the earlier). None: every frame with video_start <= time < video_start + video_seconds.
+            fps: Hz; returns round(video_seconds * fps) frames, each the nearest to video_start + i / fps (the earlier
+                of two equally near). None: every frame with video_start <= time < video_start + video_seconds.
             audio_start: seconds; None: the stream's start.
             audio_seconds: duration in seconds; None: to the end.
-            sample_rate: Hz; round(audio_seconds * sample_rate) samples. None: the file's own rate.
-            crop: the part of the upright pictures that is wanted, in pixels: top, left, height, width. None: all.
+            sample_rate: Hz; returns round(audio_seconds * sample_rate) samples. None: the file's own rate.
+            crop: (top, left, height, width) in pixels of the upright frames. None: the whole frames.
 
         Raises:
-            DecodeError: a stream asked for is missing, or cannot be decoded where asked for.
-            ValueError: a duration or rate that is not above 0, a start that is not finite, less than one frame or
-                sample, or a crop that is not inside the pictures.
+            DecodeError: a requested stream is missing, or cannot be decoded in the requested interval.
+            ValueError: a duration or rate is not above 0, a start is not finite, the clip is shorter than one frame or
+                sample, or the crop is not inside the frames.
         """
         _check_arguments((video_start, audio_start), (video_seconds, fps, audio_seconds, sample_rate))
         if video_seconds and fps and not round(video_seconds * fps):
@@ -196,10 +196,10 @@ class VideoFile:
         return clip
 
     def span(self, kind: str) -> tuple[float, float]:
-        """The seconds (start, end) that a stream covers, "video" or "audio".
+        """Return the interval (start, end) in seconds that the "video" or "audio" stream covers.
 
-        As declared; where no end is declared (a recorded live stream, a bare elementary stream), up to where the
-        packets end, which are all read, but not decoded.
+        This is the declared interval. If no end is declared (a recorded live stream, a bare elementary stream), all
+        packets are read, without decoding, to find the end.
 
         Raises:
             DecodeError: there is no such stream that can be decoded.
@@ -211,9 +211,9 @@ class VideoFile:
         return info.start, next(self._runs(kind, -math.inf)).end()
 
     def frames(self) -> "Iterator[Timed]":
-        """Every frame of the video as (time in seconds, PyAV's frame, not rotated), in the order of display.
+        """Yield every video frame as (time in seconds, PyAV frame without rotation), in display order.
 
-        Decoded from the file's first packet on, one frame at a time in memory. Iteration ends where the data do.
+        Decodes from the file's first packet, with one frame at a time in memory, until the data ends.
 
         Raises:
             DecodeError: there is no video stream that can be decoded.
@@ -225,7 +225,7 @@ class VideoFile:
     # Opening
 
     def _check_regular_file(self) -> None:
-        """Only a regular file is opened: opening a named pipe would wait for ever."""
+        """Raise DecodeError unless the path is a regular file; opening a named pipe would block forever."""
         try:
             status = os.stat(self.path)
         except (OSError, ValueError) as error:
@@ -233,14 +233,14 @@ class VideoFile:
         if stat.S_ISDIR(status.st_mode):
             raise self._error("open", "a directory")
         if not stat.S_ISREG(status.st_mode):
-            raise self._error("open", "no regular file")
+            raise self._error("open", "not a regular file")
         if status.st_size == 0:
             raise self._error("open", "an empty file")
 
     def _open(self) -> None:
         """(Re)open the container at its first packet."""
         self.close()
-        try:  # "file:" keeps names with a colon from being read as addresses; a playlist must not reach the network
+        try:  # "file:" keeps names with a colon from being parsed as URLs; playlists must not access the network
             self._container = av.open(f"file:{self.path}", **ANY_METADATA, options={"protocol_whitelist": "file"})
         except MediaError as error:
             raise self._error("open", f"no media that FFmpeg can read ({_reason(error)})") from None
@@ -249,7 +249,7 @@ class VideoFile:
         for kind in ("video", "audio"):
             stream = self._stream(kind)
             if stream is not None:
-                stream.codec_context.thread_count = 1  # the loader's workers are the parallel part
+                stream.codec_context.thread_count = 1  # the loader's workers run in parallel already
                 stream.codec_context.thread_type = "NONE"
 
     def _stream(self, kind: str) -> "av.stream.Stream | None":
@@ -260,7 +260,7 @@ class VideoFile:
         return None
 
     def _dump(self) -> str:
-        """What FFmpeg's command line tool prints about the file."""
+        """Return what FFmpeg's command-line tool prints about the file."""
         level = av.logging.get_level()
         av.logging.set_level(av.logging.INFO)
         try:
@@ -269,7 +269,7 @@ class VideoFile:
             av.logging.set_level(level)
 
     def _dumped(self, stream: "av.stream.Stream") -> str:
-        """The part of the dump about one stream. It holds what PyAV shows nowhere else without decoding."""
+        """Return the dump of one stream, for facts that PyAV does not expose otherwise without decoding."""
         part = re.search(rf"Stream #0:{stream.index}\b.*?(?=\n *Stream #|\Z)", self._dump_text, re.DOTALL)
         return part[0] if part else ""
 
@@ -298,7 +298,7 @@ class VideoFile:
         return AudioInfo(*self._span(stream), context.sample_rate, context.layout.nb_channels, context.name)
 
     def _span(self, stream: "av.stream.Stream") -> tuple[float, float]:
-        """Declared start and duration in seconds: the stream's, else its Matroska tag's, else the container's."""
+        """Return the declared start and duration in seconds, from the stream, its Matroska tag or the container."""
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         if stream.duration:
             return start, float(stream.duration * stream.time_base)
@@ -310,14 +310,14 @@ class VideoFile:
         return start, ((self._container.start_time or 0) + self._container.duration) / av.time_base - start
 
     def _rotation(self, stream: "av.video.stream.VideoStream") -> int:
-        """The quarter turns of the display matrix, in degrees."""
+        """Return the rotation of the display matrix in degrees, rounded to quarter turns."""
         turn = re.search(r"rotation of (-?[\d.]+) degrees", self._dumped(stream))
         return round(float(turn[1]) / 90) % 4 * 90 if turn else 0
 
     # Decoding
 
     def _runs(self, kind: str, time: float) -> "Iterator[Run]":
-        """Decode a stream from at or before `time`, then from ever earlier."""
+        """Yield decoder runs of a stream that start at or before `time`, each further back than the last."""
         info = getattr(self.info, kind)
         stream = self._stream(kind)
         end = info.start + (info.duration or math.inf)
@@ -340,9 +340,9 @@ class VideoFile:
         yield Run(self._container, self._stream(kind), info, from_start=True)
 
     def _note_encoder(self) -> None:
-        """Show the decoder the first packet before a seek where it has to know the encoder's version.
+        """Decode the first packet before a seek if the decoder needs the encoder's version.
 
-        Old x264 made 4:4:4 files that decode rightly only with a workaround, and says so in the first packet alone.
+        4:4:4 files of old x264 versions need a workaround, and only the first packet names the version.
         """
         context = self._stream("video").codec_context
         if self._encoder_noted or context.name != "h264" or "444" not in (context.pix_fmt or ""):
@@ -387,7 +387,7 @@ class VideoFile:
         return self._to_rgb(chosen, asked, crop), times
 
     def _check_complete(self, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float) -> None:
-        """Raise DecodeError where the file ends too early or the decoder lost what was `needed` (times, seconds)."""
+        """Raise DecodeError if the file ends too early or the decoder lost any of the `needed` times (seconds)."""
         if run.ended and min(stop, run.declared_end) > run.reach + SLACK:
             raise self._error(asked, f"data up to {max(run.reach, 0):.3f} s of the {run.declared_end:.3f} s declared")
         lost = needed[distance(needed, found) > distance(needed, np.array(run.packets)) + SLACK]
@@ -398,11 +398,11 @@ class VideoFile:
         info = self.info.video
         top, left, height, width = crop or (0, 0, info.height, info.width)
         if min(top, left) < 0 or min(height, width) < 1 or top + height > info.height or left + width > info.width:
-            raise ValueError(f"a crop must lie inside the {info.height} x {info.width} pictures, found {crop}")
+            raise ValueError(f"a crop must lie inside the {info.height} x {info.width} frames, found {crop}")
         return top, left, height, width
 
     def _to_rgb(self, chosen: "list[Timed]", asked: str, crop: tuple[int, int, int, int]) -> np.ndarray:
-        """(T, height, width, 3) uint8, upright; a frame chosen several times is converted once."""
+        """Convert to upright RGB, uint8 (T, height, width, 3). A frame chosen several times is converted once."""
         top, left, height, width = crop
         out = np.empty((len(chosen), height, width, 3), np.uint8)
         for i, (_, frame) in enumerate(chosen):
@@ -412,15 +412,15 @@ class VideoFile:
             try:
                 rows, at_top, at_left = self._rgb_of(frame, crop)
             except MediaError as error:
-                raise self._error(asked, f"a picture that cannot be converted to RGB ({_reason(error)})") from None
+                raise self._error(asked, f"a frame that cannot be converted to RGB ({_reason(error)})") from None
             out[i] = rows[top - at_top : top - at_top + height, left - at_left : left - at_left + width]
         return out
 
     def _rgb_of(self, frame: "av.VideoFrame", crop: tuple[int, int, int, int]) -> tuple[np.ndarray, int, int]:
-        """A part of the upright picture that holds the crop, uint8 (h, w, 3), and its top and left.
+        """Return a part of the upright frame that contains the crop, uint8 (h, w, 3), and its top and left.
 
-        Only that part is converted where this gives the very pixels of the whole: with 4:2:0 subsampling and even
-        numbers each 2 x 2 pixels of a progressive frame have a colour of their own.
+        Only that part is converted if its pixels are the same as in the whole frame: with 4:2:0 subsampling and even
+        coordinates, each block of 2 x 2 pixels of a progressive frame has its own colour.
         """
         info = self.info.video
         width, height = _turned(info.width, info.height, info.rotation)
@@ -475,12 +475,12 @@ class VideoFile:
 
 
 def _turned(width: int, height: int, rotation: int) -> tuple[int, int]:
-    """A picture's width and height after a rotation by so many degrees."""
+    """Return a frame's width and height after a rotation by `rotation` degrees."""
     return (height, width) if rotation % 180 else (width, height)
 
 
 def _pixels(plane: "av.video.plane.VideoPlane", channels: int = 1) -> np.ndarray:
-    """A view of a plane's 8-bit samples, without what pads its rows: uint8 (h, w * channels)."""
+    """Return a view of a plane's 8-bit samples without row padding, uint8 (h, w * channels)."""
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return rows[: plane.height, : channels * plane.width]
 

@@ -1,18 +1,19 @@
-"""The embedded demo data set: 880 short synthetic videos in which sound and motion belong together.
+"""The built-in demo data set: 880 short synthetic videos in which sound and motion correspond.
 
     python3 -m datasets.demo --root data/demo
 
-Ten classes of motion, each with its own kind of sound. Within a class, a clip has a rate and an extent of motion that
-are seen and heard: a faster motion has a faster rhythm and a higher pitch, a wider one bends further or rings longer.
+There are ten classes of motion, each with its own kind of sound. Within a class, clips differ in the rate and extent of
+the motion, both visible and audible: faster motion has a faster rhythm and a higher pitch, wider motion bends the pitch
+further or rings longer.
 
-One still frame does not tell the class. Each frame shows one two-coloured body before a background; a class only says
-which of the body's four coordinates (x, y, size, angle) move, and those at rest are drawn from the range that a moving
-one passes through. Shape, colours, background, size, timbre, loudness and noise are drawn without a look at the class.
+A single frame does not reveal the class. Each frame shows a two-coloured body in front of a background. The class only
+determines which of the body's four coordinates (x, y, size, angle) move; those at rest are drawn from the range of the
+moving ones. Shape, colours, background, size, timbre, loudness and noise are independent of the class.
 
-Shapes, colours and backgrounds come from a few on purpose, so that many videos look alike. When each video had looks of
-its own, instance discrimination learned those by heart, and not the motion.
+There are few shapes, colours and backgrounds on purpose, so that many videos look alike. When each video had its own
+appearance, instance discrimination memorised the appearance and did not learn the motion.
 
-The files lie as in UCF-101: `videos/<Class>/v_<Class>_g<NN>_c<NN>.mp4` and `ucfTrainTestlist/`, first split.
+The layout is that of UCF-101: `videos/<Class>/v_<Class>_g<NN>_c<NN>.mp4` and `ucfTrainTestlist/`, first split.
 """
 
 import argparse
@@ -35,55 +36,55 @@ from utils.cli import at_least, run_script
 from utils.errors import UserError
 from utils.processes import cores, end_with_parent
 
-VERSION = 2  # raised when the same seed no longer gives the same pixels and sound
+VERSION = 2  # incremented when the same seed no longer gives the same pixels and sound
 SIZE, FPS, SECONDS, SAMPLE_RATE = 128, 16, 3.5, 16000
-RATES = (1.0, 3.6)  # Hz: a full turn within any second, and below half of 8 frames a second
+RATES = (1.0, 3.6)  # Hz: at least a full cycle per second, and less than half of 8 frames per second
 GROUP = 4  # clips c01 to c04 in a group, as UCF-101 numbers its files
 X, Y, ZOOM, TURN = range(4)  # rows of a track
 
 
-# -------------------------------------------------------------------------------------------- what a clip is made of
+# ----------------------------------------------------------------------------------------------------- clip parameters
 
 
 @dataclass(frozen=True)
 class Body:
-    """A two-coloured shape. Its halves are a light and a dark colour, so that it stands out and its turning shows."""
+    """A shape with a light and a dark half, so that it stands out and its rotation is visible."""
 
     shape: str
-    radius: float  # half its width, as a share of the picture
+    radius: float  # half its width, as a fraction of the frame
     colours: np.ndarray  # (2, 3) RGB in [0, 1]
 
 
 @dataclass(frozen=True)
 class ClipParams:
-    """All that `render_frames` and `render_sound` need. Lengths are shares of the picture, angles are in turns."""
+    """Parameters of `render_frames` and `render_sound`. Lengths are fractions of the frame, angles are in turns."""
 
     name: str  # the class
-    key: tuple[int, ...]  # seeds what is drawn while rendering: textures, jumps, noise
+    key: tuple[int, ...]  # seed for textures, jumps and noise
     rate: float  # Hz, cycles of the motion
-    extent: float  # 0 to 1, from a narrow motion to a wide one
+    extent: float  # 0 to 1, from narrow to wide motion
     phase: float  # cycles, at time 0
     direction: int  # 1 or -1
-    centre: np.ndarray  # (2,) of the motion, x and y
-    rest: np.ndarray  # (4,) x, y, zoom in [-1, 1] and turn: the track of a body that stands still
+    centre: np.ndarray  # (2,) x and y of the motion's centre
+    rest: np.ndarray  # (4,) x, y, zoom in [-1, 1] and turn: the track of a body at rest
     body: Body
     background: str
     pitch: float  # Hz
     timbre: np.ndarray  # (8,) amplitudes of the harmonics
     loudness: float  # peak of the clean sound
-    noise: float  # standard deviation of the background noise, as a share of the loudness
+    noise: float  # standard deviation of the background noise, as a fraction of the loudness
 
     def rng(self, purpose: int) -> np.random.Generator:
-        """Random numbers that depend on the clip and `purpose` alone."""
+        """Return a random generator that depends only on the clip and `purpose`."""
         return np.random.default_rng([*self.key, purpose])
 
     def cycles(self, times: np.ndarray) -> np.ndarray:
-        """Cycles of the motion gone by at `times` (seconds)."""
+        """Return the phase of the motion in cycles at `times` (seconds)."""
         return self.rate * times + self.phase
 
 
 def clip_params(name: str, index: int, seed: int = 0) -> ClipParams:
-    """Draw the parameters of clip `index` (from 0) of class `name`. The draws are the same for every class."""
+    """Draw the parameters of clip `index` (from 0) of class `name`. All classes have the same distributions."""
     key = (seed, list(CLASSES).index(name), index)
     rng = np.random.default_rng(key)
     rate = float(np.exp(rng.uniform(*np.log(RATES))))
@@ -183,7 +184,7 @@ def _move_jump(p: ClipParams, times: np.ndarray) -> np.ndarray:
 
 
 def _tone(p: ClipParams, frequency: np.ndarray) -> np.ndarray:
-    """Harmonic tone of the clip's timbre whose pitch follows `frequency` (L,), in Hz."""
+    """Synthesise a tone with the clip's harmonics at the fundamental `frequency` (L,), in Hz."""
     angle = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
     order = np.arange(1, len(p.timbre) + 1)[:, None]
     audible = order * frequency < 0.45 * SAMPLE_RATE
@@ -191,21 +192,21 @@ def _tone(p: ClipParams, frequency: np.ndarray) -> np.ndarray:
 
 
 def _hiss(p: ClipParams, frequency: float, length: int) -> np.ndarray:
-    """Noise in a band of about an octave around `frequency` (Hz)."""
+    """Synthesise noise in a band of about an octave around `frequency` (Hz)."""
     spectrum = np.fft.rfft(p.rng(1).standard_normal(length))
     octaves = np.log2(np.fft.rfftfreq(length, 1 / SAMPLE_RATE).clip(1) / frequency)
     return np.fft.irfft(spectrum * np.exp(-(octaves**2) / 0.3), length)
 
 
 def _hits(p: ClipParams, times: np.ndarray, teeth: int = 1) -> list[tuple[float, np.ndarray]]:
-    """The hits of a clip, `teeth` in a cycle: number of cycles, and seconds since the hit at each of `times` >= it."""
+    """Return the hits of a clip, `teeth` per cycle, as (cycles at the hit, `times` relative to the hit in seconds)."""
     last = int(np.ceil(p.cycles(times[-1]) * teeth))
-    cycles = np.arange(int(p.phase * teeth), last) / teeth  # the first is before time 0: its ringing is heard
+    cycles = np.arange(int(p.phase * teeth), last) / teeth  # the first is before time 0, but still rings
     return [(c, times - (c - p.phase) / p.rate) for c in cycles]
 
 
 def _struck(since: np.ndarray, ring: float, frequency: float, weights: np.ndarray) -> np.ndarray:
-    """What is heard `since` seconds (L,) after a blow: harmonics of `frequency` that die away in `ring` seconds."""
+    """Synthesise a struck sound `since` seconds (L,) after the hit: harmonics that decay over `ring` seconds."""
     out = np.zeros(len(since))
     heard = (since >= 0) & (since < 7 * ring)
     s = since[heard]
@@ -234,19 +235,19 @@ def _sound_height(p: ClipParams, times: np.ndarray) -> np.ndarray:
 
 
 def _sound_orbit(p: ClipParams, times: np.ndarray) -> np.ndarray:
-    """A warble: vibrato of one wave a turn, with a fifth above."""
+    """A warble: vibrato of one period per turn, with a fifth above."""
     bend = 2 ** ((0.15 + 0.25 * p.extent) * np.sin(2 * np.pi * p.cycles(times)))
     return _tone(p, p.pitch * bend) + _tone(p, 1.5 * p.pitch * bend)
 
 
 def _sound_spin(p: ClipParams, times: np.ndarray) -> np.ndarray:
-    """A ratchet of four teeth a turn, the first the loudest."""
+    """A ratchet with four teeth per turn, the first the loudest."""
     hits = _hits(p, times, teeth=4)
     return sum((1 if c == int(c) else 0.5) * _struck(since, 0.012, 5 * p.pitch, np.ones(1)) for c, since in hits)
 
 
 def _sound_rock(p: ClipParams, times: np.ndarray) -> np.ndarray:
-    """A whoosh in each half of the cycle, as fast as the turning."""
+    """A whoosh in each half of the cycle, which follows the speed of the rotation."""
     return np.cos(2 * np.pi * p.cycles(times)) ** 2 * _hiss(p, 3 * p.pitch, len(times))
 
 
@@ -263,7 +264,7 @@ def _sound_shake(p: ClipParams, times: np.ndarray) -> np.ndarray:
 
 
 def _sound_jump(p: ClipParams, times: np.ndarray) -> np.ndarray:
-    """A plucked note at each jump, the higher the spot the higher the note."""
+    """A plucked note at each jump, higher for higher positions."""
     height = _jump_spots(p)[Y]
     ring = 0.08 + 0.1 * p.extent
     return sum(_struck(since, ring, 2 * p.pitch * 2 ** height[int(c)], p.timbre) for c, since in _hits(p, times))
@@ -285,7 +286,7 @@ CLASSES: dict[str, tuple[Motion, Motion]] = {
 
 
 def render_sound(params: ClipParams) -> np.ndarray:
-    """The sound of a clip: float32 (L,) in [-1, 1], `SAMPLE_RATE` Hz, `SECONDS` s."""
+    """Render the sound of a clip: float32 (L,) in [-1, 1], `SAMPLE_RATE` Hz, `SECONDS` s."""
     times = np.arange(int(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     clean = CLASSES[params.name][1](params, times)
     rng = params.rng(3)
@@ -294,7 +295,7 @@ def render_sound(params: ClipParams) -> np.ndarray:
     return (params.loudness * sound).clip(-1, 1).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- frames
 
 # Signed distances to the outlines of shapes within 1.1 of the origin, negative inside.
 Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -323,7 +324,7 @@ BACKGROUND_COLOURS: dict[str, np.ndarray] = {
     "checker": np.array([(0.45, 0.5, 0.45), (0.5, 0.55, 0.55)]),
     "noise": np.array([(0.55, 0.5, 0.5), (0.45, 0.45, 0.5)]),
 }
-COLOURS = (  # a light and a dark one, RGB
+COLOURS = (  # pairs of a light and a dark colour, RGB
     ((1.0, 0.9, 0.7), (0.2, 0.1, 0.1)),
     ((0.8, 0.9, 1.0), (0.1, 0.1, 0.3)),
     ((0.8, 1.0, 0.8), (0.1, 0.25, 0.1)),
@@ -331,7 +332,7 @@ COLOURS = (  # a light and a dark one, RGB
 
 
 def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """x (1, W) and y (H, 1) of the pixels' centres as shares of the picture, y upwards."""
+    """Return x (1, W) and y (H, 1) of the pixel centres as fractions of the frame, y upwards."""
     share = (np.arange(SIZE) + 0.5) / SIZE
     return share[None], 1 - share[:, None]
 
@@ -345,7 +346,7 @@ def _paint(picture: np.ndarray, body: Body, x: float, y: float, zoom: float, tur
     """Draw `body` into `picture` (H, W, 3)."""
     columns, rows = _grid()
     radius = body.radius * zoom
-    # only the square that holds the body
+    # only the square that contains the body
     left, right = np.searchsorted(columns[0], (x - 1.15 * radius, x + 1.15 * radius))
     top, bottom = np.searchsorted(-rows[:, 0], (-y - 1.15 * radius, 1.15 * radius - y))
     u, v = _turned((columns[:, left:right] - x) / radius, (rows[top:bottom] - y) / radius, turn)
@@ -358,8 +359,8 @@ def _paint(picture: np.ndarray, body: Body, x: float, y: float, zoom: float, tur
 
 
 def _backdrop(p: ClipParams) -> np.ndarray:
-    """What does not move, (H, W, 3)."""
-    rng = np.random.default_rng(list(BACKGROUNDS).index(p.background))  # the same for all clips before it
+    """Render the background, (H, W, 3)."""
+    rng = np.random.default_rng(list(BACKGROUNDS).index(p.background))  # the same for all clips with this background
     columns, rows = _grid()
     x, y = _turned(2 * columns - 1, 2 * rows - 1, rng.random())
     pattern = BACKGROUNDS[p.background](x, y, rng)[..., None]
@@ -368,7 +369,7 @@ def _backdrop(p: ClipParams) -> np.ndarray:
 
 
 def render_frames(params: ClipParams) -> np.ndarray:
-    """The pictures of a clip: uint8 (T, `SIZE`, `SIZE`, 3), RGB, `FPS` a second, `SECONDS` s."""
+    """Render the frames of a clip: uint8 (T, `SIZE`, `SIZE`, 3), RGB, `FPS` Hz, `SECONDS` s."""
     times = np.arange(int(SECONDS * FPS)) / FPS
     x, y, zoom, turn = CLASSES[params.name][0](params, times)
     reach = 0.24 + 0.1 * params.extent
@@ -387,7 +388,7 @@ def render_frames(params: ClipParams) -> np.ndarray:
 
 
 def write_clip(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
-    """Write frames (T, H, W, 3) and sound (L,) as mp4, in one thread: H.264, a key frame every half second, and AAC."""
+    """Write frames (T, H, W, 3) and sound (L,) to an mp4 file: H.264 (one thread, key frames every 0.5 s) and AAC."""
     with av.open(str(path), "w", format="mp4") as file:
         options = {"preset": "veryfast", "crf": "25", "g": str(FPS // 2), "bf": "0", "threads": "1"}
         video = file.add_stream("libx264", rate=FPS, options=options)
@@ -414,7 +415,7 @@ def _make_clip(folder: Path, name: str, index: int, seed: int) -> None:
 
 
 def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: int, progress: bool) -> None:
-    """Write the clips of `jobs`, (class, index) pairs; without workers, or with one, in this process."""
+    """Write the clips of `jobs`, (class, index) pairs. With at most one worker, this process writes them."""
     names, indices = zip(*jobs, strict=True)
     columns = (itertools.repeat(folder), names, indices, itertools.repeat(seed))
     bar = tqdm(total=len(jobs), desc="demo data set", unit="clip", disable=not progress)
@@ -431,7 +432,7 @@ def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: i
 
 
 def _write_lists(folder: Path, train: range, test: range) -> None:
-    """Class names and the lists of the first split, as UCF-101 has them (test lists carry no label)."""
+    """Write the class names and the lists of the first split in UCF-101's format (test lists have no labels)."""
     numbers = {name: number for number, name in enumerate(CLASSES, start=1)}
     lines = {
         "classInd.txt": [f"{number} {name}" for name, number in numbers.items()],
@@ -445,7 +446,7 @@ def _write_lists(folder: Path, train: range, test: range) -> None:
 
 
 def _is_complete(root: Path, marker: dict) -> bool:
-    """Whether `root` already holds the data set that `marker` describes; UserError if it holds anything else."""
+    """Whether `root` already holds the data set described by `marker`. Raises UserError if it holds anything else."""
     if (root / "demo.json").is_file():
         found = json.loads((root / "demo.json").read_text())
         if found == marker:
@@ -466,20 +467,20 @@ def make(
     train_clips: int = 72,
     test_clips: int = 16,
 ) -> Path:
-    """Make the demo data set in the folder `root`, if it is not there yet, and return the folder.
+    """Create the demo data set in the folder `root` unless it is there already, and return the folder.
 
-    `train_clips` and `test_clips` are numbers of clips a class; `workers` is the number of processes, by default one a
-    core. The folder appears whole: it is built beside `root` and renamed.
+    `train_clips` and `test_clips` are per class; `workers` is the number of processes (default: one per core). The
+    folder is built beside `root` and then renamed, so it is never incomplete.
 
     Raises:
-        UserError: `root` holds other files, or a demo data set made with other parameters, or cannot be written.
+        UserError: `root` holds other files or a demo data set with other parameters, or cannot be written.
     """
     root = Path(root)
     marker = {"version": VERSION, "seed": seed, "train_clips": train_clips, "test_clips": test_clips}
     if _is_complete(root, marker):
         return root
     train = range(train_clips)
-    first_test = -(-train_clips // GROUP) * GROUP  # no group is in both
+    first_test = -(-train_clips // GROUP) * GROUP  # no group is in both splits
     test = range(first_test, first_test + test_clips)
     building = root.with_name(f".{root.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -491,7 +492,7 @@ def make(
         (building / "demo.json").write_text(json.dumps(marker) + "\n")
         try:
             building.rename(root)
-        except OSError:  # another run may have been first
+        except OSError:  # another run may have been faster
             if not _is_complete(root, marker):
                 raise
     except OSError as error:
@@ -505,7 +506,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python3 -m datasets.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data/demo", help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--workers", type=at_least(1), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=at_least(1), help="processes (default: one per core)")
     parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     root = make(args.root, args.seed, args.workers)

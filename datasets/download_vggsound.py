@@ -1,11 +1,11 @@
-"""VGGSound's clips from YouTube, by the yt-dlp package: ten seconds each, as `<out>/<split>/<youtube id>_<start>.mp4`.
+"""Download VGGSound's ten-second clips from YouTube with yt-dlp, to `<out>/<split>/<youtube id>_<start>.mp4`.
 
-    pip install -r requirements-download.txt           # and the ffmpeg program, with which yt-dlp cuts the ten seconds
+    pip install -r requirements-download.txt           # also needs the ffmpeg program, with which yt-dlp cuts clips
     python3 -m datasets.download_vggsound --csv vggsound.csv --out RAW [--split train] [--limit N] [--workers 4]
 
-Killed, it goes on where it was. What became of each clip is in `<out>/download.csv`: done, gone (removed, private, not
-available here: never tried again), or failed (tried again the next time). Whoever asks too fast is told to slow down:
-all workers then wait, twice as long each time.
+An interrupted download resumes where it stopped. `<out>/download.csv` lists the state of each clip: done, gone
+(removed, private, not available here; never tried again), or failed (tried again next time). When YouTube asks to slow
+down, all workers wait, twice as long each time.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GONE = re.compile(
 )
 TOO_FAST = re.compile(r"\b429\b|too many requests|rate.?limit|confirm you.?re not a bot", re.IGNORECASE)
 FIRST_WAIT, LONGEST_WAIT = 30.0, 3600.0  # seconds
-TRIES = 6  # of one clip, when the answer is to slow down
+TRIES = 6  # attempts per clip when asked to slow down
 
 Clip = tuple[str, int, str]
 Download = Callable[[Clip, Path], None]
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--csv", required=True, metavar="FILE", help="vggsound.csv: id, start second, label, split")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--split", choices=("train", "test"), help="default: both")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="stop after so many clips tried")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="stop after trying N clips")
     parser.add_argument("--workers", type=at_least(1), default=4, metavar="N")
     args = parser.parse_args()
     clips = [clip for clip in read_clips(args.csv) if args.split in (None, clip[2])]
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def read_clips(file: str | Path) -> list[Clip]:
-    """(id, start second, split) of each line of vggsound.csv. UserError where it is not such a file."""
+    """Read (id, start second, split) from each line of vggsound.csv. Raises UserError for any other file."""
     try:
         with Path(file).open(newline="", encoding="utf-8-sig") as lines:
             rows = [row for row in csv.reader(lines) if row]
@@ -82,9 +82,9 @@ def download_all(
     limit: int | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Counter:
-    """Download what is missing; how many clips met which fate, those of earlier calls included.
+    """Download the missing clips. Returns the number of clips per fate, including those of earlier calls.
 
-    `download` writes a clip to a path or raises an exception whose text says why not.
+    `download` writes a clip to a path, or raises an exception with the reason.
     """
     out.mkdir(parents=True, exist_ok=True)
     fates = read_fates(out / FATES)
@@ -94,7 +94,7 @@ def download_all(
         writer = csv.writer(file)
         if file.tell() == 0:
             writer.writerow(COLUMNS)
-        elif not (out / FATES).read_bytes().endswith(b"\n"):  # the half line of a killed run
+        elif not (out / FATES).read_bytes().endswith(b"\n"):  # incomplete last line of a killed run
             file.write("\n")
 
         def fetch(clip: Clip) -> None:
@@ -111,20 +111,20 @@ def download_all(
 
 
 def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tuple[str, str]:
-    """One clip's fate and, if it is not there, the reason in a line."""
+    """Download one clip. Returns its fate and, unless it is done, the reason in one line."""
     target = path_of(clip, out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.stem}.part")  # a folder: a downloader leaves further files beside its target
+    building = target.with_name(f".{target.stem}.part")  # a folder: a downloader leaves other files beside its target
     reason = ""
     for _ in range(TRIES):
         pause.wait()
-        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(building, ignore_errors=True)  # left by a killed process
         try:
             building.mkdir()
             download(clip, building / target.name)
             os.replace(building / target.name, target)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).replace(clip[0], "").split())[:300]  # an id may look like any reason
+            reason = " ".join(str(error).replace(clip[0], "").split())[:300]  # an id may match one of the patterns
         else:
             pause.relax()
             return "done", ""
@@ -137,13 +137,13 @@ def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tupl
 
 
 def path_of(clip: Clip, out: Path) -> Path:
-    """Where a clip goes."""
+    """Return the path to which a clip is downloaded."""
     video, start, split = clip
     return out / split / f"{video}_{start:06d}.mp4"
 
 
 def read_fates(file: Path) -> dict[tuple[str, int], str]:
-    """The last fate of each clip that was tried. Half a last line is left out."""
+    """Read the last fate of each clip that was tried. An incomplete last line is skipped."""
     if not file.exists():
         return {}
     with file.open(newline="", encoding="utf-8") as lines:
@@ -152,48 +152,48 @@ def read_fates(file: Path) -> dict[tuple[str, int], str]:
 
 
 def is_settled(clip: Clip, out: Path, fates: dict[tuple[str, int], str]) -> bool:
-    """Whether a clip is there, or known to be gone."""
+    """Whether a clip is downloaded or known to be gone."""
     return fates.get(clip[:2]) == "gone" or path_of(clip, out).is_file()
 
 
 class Pause:
-    """What all workers wait for when the site asks to slow down: twice as long each time, then less again."""
+    """Pause of all workers when the site asks to slow down: twice as long each time, reset by a success."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._sleep, self._lock = sleep, threading.Lock()
         self._next, self._due = FIRST_WAIT, 0.0
 
     def wait(self) -> None:
-        """Wait if some worker was asked to slow down."""
+        """Wait if any worker was asked to slow down."""
         with self._lock:
             seconds, self._due = self._due, 0.0
             if seconds:
-                self._sleep(seconds)  # with the lock held: nobody asks meanwhile
+                self._sleep(seconds)  # holding the lock, so that no other worker sends a request
 
     def back_off(self) -> None:
-        """The site asked to slow down."""
+        """Double the next pause, since the site asked to slow down."""
         with self._lock:
             self._due = self._next
             self._next = min(2 * self._next, LONGEST_WAIT)
 
     def relax(self) -> None:
-        """A clip came through."""
+        """Reset the pause after a successful download."""
         with self._lock:
             self._next = FIRST_WAIT
 
 
 def yt_dlp_download() -> Download:
-    """A function that downloads one clip by yt-dlp.
+    """Return a function that downloads one clip with yt-dlp.
 
     Raises:
-        UserError: the package, or the ffmpeg program that it cuts with, is not installed.
+        UserError: the package, or the ffmpeg program that it needs, is not installed.
     """
     try:
         import yt_dlp
     except ImportError:
         raise UserError("yt-dlp is not installed: pip install -r requirements-download.txt") from None
     if shutil.which("ffmpeg") is None:
-        raise UserError("the ffmpeg program is not installed; yt-dlp needs it to cut ten seconds out of a video")
+        raise UserError("the ffmpeg program is not installed; yt-dlp needs it to cut clips from videos")
 
     def download(clip: Clip, target: Path) -> None:
         video, start, _ = clip

@@ -1,6 +1,6 @@
-"""Labelled videos -> samples for an evaluation. Nothing is ever substituted: what cannot be read is named.
+"""Samples of labelled videos for evaluation. Unreadable videos are reported, never substituted.
 
-A video shorter than a clip gives a clip that starts with it and repeats its last frame.
+If a video is shorter than a clip, the clip starts with the video and repeats its last frame.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from datasets.preprocessing import draw_video_augmentation, no_video_augmentatio
 from datasets.video_dataset import ClipRecipe, VideoList, cut_out, epoch_order, read_frames
 from utils.errors import UserError
 
-PASS_BYTES = 256_000_000  # RGB pictures that one pass over a file may hold
-MARGIN = 0.25  # seconds decoded before and after the clips of a pass, for the frames nearest to their ends
+PASS_BYTES = 256_000_000  # limit for the RGB frames of one pass over a file
+MARGIN = 0.25  # seconds decoded before and after the clips of a pass, to find the frames nearest to their ends
 
 
 def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, list[str]]:
-    """The videos of a list whose files are there (in a prepared folder: by its manifest), and the names of the others.
+    """Return the videos whose files exist (in a prepared folder, by its manifest) and the names of the missing ones.
 
     Raises:
-        UserError: files are missing and `allow_missing` is False, or all are.
+        UserError: files are missing and `allow_missing` is False, or all files are missing.
     """
     manifest = manifest_of(videos.root)
     if manifest is None:
@@ -36,7 +36,7 @@ def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, l
     names = [videos.name(i) for i in missing]
     if missing and (not allow_missing or len(missing) == len(videos)):
         first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        advice = "get them" if len(missing) == len(videos) else "get them, or go on without them by --allow-missing"
+        advice = "get them" if len(missing) == len(videos) else "get them, or continue without them by --allow-missing"
         raise UserError(
             f"{videos.root}: {len(missing)} of the {len(videos)} videos of a list are missing: {first}; {advice}"
         )
@@ -45,10 +45,9 @@ def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, l
 
 
 class FreshClips(Dataset):
-    """Random clips for training a classifier, one for each (epoch, position), made anew every epoch.
+    """Random clips for training a classifier, new ones in every epoch. Keys are (epoch, position).
 
-    What a position holds depends on the seed alone. A video that cannot be decoded gives a sample with nothing but
-    its `failures`.
+    The sample of a key depends only on the seed. A video that cannot be decoded gives a sample with only `failures`.
     """
 
     def __init__(self, videos: VideoList, recipe: ClipRecipe, clips_per_video: int, seed: int, shuffle: bool) -> None:
@@ -60,7 +59,7 @@ class FreshClips(Dataset):
         return len(self.videos) * self.clips_per_video
 
     def order(self, epoch: int) -> np.ndarray:
-        """The video of each position in this epoch."""
+        """Return the video at each position of this epoch."""
         if self._order[0] != epoch:
             shuffled = epoch_order(len(self.videos), self.clips_per_video, self.seed, epoch, self.shuffle)
             self._order = epoch, shuffled
@@ -82,11 +81,11 @@ class FreshClips(Dataset):
 
 
 class VideoClips(Dataset):
-    """All the clips that an evaluation asks of a video, cut from one pass over its file.
+    """All clips of a video for an evaluation, read in one pass over its file.
 
-    A sample holds `frames` (num_random + num_dense, T, H, W, 3): first clips at random times, which depend on (seed,
-    video) alone and of which fewer are the first ones of more; then clips evenly over the whole video. By the recipe
-    they are cropped in the centre, or, with its `augment`, at random and with a `video_aug` (clips, 5).
+    A sample holds `frames` (num_random + num_dense, T, H, W, 3). The first clips are at random times that depend only
+    on (seed, video); a smaller `num_random` gives the first ones of a larger. The others are evenly spaced over the
+    video. Clips are centre-cropped or, if the recipe has `augment`, cropped at random with a `video_aug` (clips, 5).
     A video that cannot be decoded gives only `index` and `failures`.
     """
 
@@ -111,7 +110,7 @@ class VideoClips(Dataset):
                 if self.num_dense:
                     starts += sampling.evenly(span, recipe.video_seconds, self.num_dense)
                 if recipe.augment:
-                    # from 1 on: zeros at the end of a seed change nothing, and the starts have (seed, index)
+                    # clip + 1: trailing zeros do not change a seed, and (seed, index) is taken by the starts
                     clip_rngs = [np.random.default_rng((self.seed, index, clip + 1)) for clip in range(len(starts))]
                 frames = read_windows(file, starts, recipe, clip_rngs)
         except DecodeError as error:
@@ -126,7 +125,7 @@ class VideoClips(Dataset):
 def read_windows(
     file: VideoFile, starts: list[float], recipe: ClipRecipe, rngs: list[np.random.Generator] | None = None
 ) -> Tensor:
-    """Clips at `starts` (seconds, any order): uint8 (clips, T, H, W, 3), each as `read_frames` gives it.
+    """Read clips at `starts` (seconds, any order), each as by `read_frames`: uint8 (clips, T, H, W, 3).
 
     Clips that lie close together are decoded in one pass, as many as fit into `PASS_BYTES`.
     """
@@ -135,12 +134,12 @@ def read_windows(
         first, last = starts[group[0]] - MARGIN, starts[group[-1]] + recipe.video_seconds + MARGIN
         try:
             decoded = file.read(video_start=first, video_seconds=last - first)
-        except DecodeError:  # there may be no frame in these seconds, and one before and after them
+        except DecodeError:  # there may be frames before and after this interval but none inside
             for i in group:
                 clips[i] = read_frames(file, starts[i], recipe, None if rngs is None else rngs[i])
             continue
         pictures, times = torch.from_numpy(decoded.frames), decoded.frame_times
-        if rngs is None:  # cropped once, however many clips they are in
+        if rngs is None:  # crop frames shared by several clips only once
             pictures = cut_out(pictures, recipe)
         for i in group:
             rng = None if rngs is None else rngs[i]
@@ -155,7 +154,7 @@ def read_windows(
 
 
 def _passes(file: VideoFile, starts: list[float], seconds: float) -> list[list[int]]:
-    """The clips' numbers by start, in groups that overlap or nearly do, each no longer than `PASS_BYTES` allows."""
+    """Group the clips' indices, sorted by start, into nearly overlapping runs that each fit into `PASS_BYTES`."""
     info = file.info.video
     most = PASS_BYTES / (info.width * info.height * 3 * max(info.fps, 1.0))
     groups: list[list[int]] = []
@@ -170,17 +169,17 @@ def _passes(file: VideoFile, starts: list[float], seconds: float) -> list[list[i
 
 
 def _nearest(times: np.ndarray, targets: np.ndarray) -> Tensor:
-    """For each target the number of the time nearest to it; of two equally near, the earlier."""
+    """Return the index of the time nearest to each target (the earlier of two equally near)."""
     after = np.searchsorted(times, targets).clip(1, len(times) - 1) if len(times) > 1 else np.zeros(len(targets), int)
     before = np.maximum(after - 1, 0)
     return torch.from_numpy(np.where(targets - times[before] <= times[after] - targets + 1e-9, before, after))
 
 
 class SharedBatches(Sampler):
-    """Batches of (epoch, position) keys for one rank, in which no position is left out.
+    """Batches of (epoch, position) keys for one rank that together cover every position.
 
-    A global batch is `batch_size` consecutive positions, and the last one may be smaller unless `drop_last`. The ranks'
-    shares of it differ by at most one; a share may be empty.
+    A global batch is `batch_size` consecutive positions; the last one may be smaller, or is dropped with `drop_last`.
+    The ranks' shares of a batch differ in size by at most one and may be empty.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, drop_last: bool = False) -> None:
@@ -189,11 +188,11 @@ class SharedBatches(Sampler):
         self.epoch, self.first_step, self.epochs = 0, 0, 1
 
     def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
-        """Let the next pass be of so many epochs, from this step of this one on."""
+        """Set the next pass to cover `epochs` epochs, starting at `step` of `epoch`."""
         self.epoch, self.first_step, self.epochs = epoch, step, epochs
 
     def size(self, step: int) -> int:
-        """Positions in a global batch."""
+        """Number of positions in a global batch."""
         return min(self.batch_size, self.length - step * self.batch_size)
 
     def __len__(self) -> int:
@@ -208,9 +207,9 @@ class SharedBatches(Sampler):
 
 
 def data_fingerprint(*lists: VideoList) -> str:
-    """Says whether two evaluations mean the same files: names, labels, sizes and times of change.
+    """Hash the names, labels, sizes and modification times of the videos, to compare the data of two evaluations.
 
-    In a prepared folder the manifest's fingerprints stand for sizes and times.
+    In a prepared folder, the manifest's fingerprints replace sizes and times.
     """
     digest = hashlib.sha256()
     for videos in lists:

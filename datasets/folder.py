@@ -1,4 +1,4 @@
-"""Any directory of videos, with an optional CSV of labels and a rule for what is held out."""
+"""Any folder of videos, with optional labels from a CSV file and a rule for the held-out videos."""
 
 import csv
 import logging
@@ -14,15 +14,15 @@ ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg", ".mp
 
 
 def list_videos(dataset: dict, split: str) -> VideoList:
-    """The videos anywhere below the root, in the order of their names.
+    """List the videos anywhere below the root, sorted by name.
 
-    With `dataset.holdout_every: N`, split `test` is every video whose number in that order is a multiple of N, `train`
-    is the rest; `all` is all of them. Videos that could not be prepared keep their numbers, so that none changes sides.
-    `dataset.labels` is a CSV file below the root with a header: its first column names the video (path below the root),
-    `dataset.label_column` (default: the second) its label.
+    With `dataset.holdout_every: N`, split `test` holds the videos whose index in this order is a multiple of N, `train`
+    the others, and `all` all of them. Videos that could not be prepared keep their index, so that no video changes
+    splits. `dataset.labels` is a CSV file below the root with a header: its first column is the video's path below the
+    root, and `dataset.label_column` (default: the second column) its label.
 
     Raises:
-        UserError: another split, no video, or labels that cannot be read or name none of the videos.
+        UserError: the split is unknown, there is no video, or the labels cannot be read or match none of the videos.
     """
     root, every = Path(dataset["root"]), dataset["holdout_every"]
     if split not in ("train", "test", "all"):
@@ -43,18 +43,18 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
 
 def find(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
-    """The videos anywhere below a folder, or the files with other `endings`, as paths relative to it.
+    """Find the videos (or files with the given `endings`) anywhere below a folder, as paths relative to it.
 
-    Links are followed, each folder is taken once; files and folders whose names begin with a dot are left out.
+    Links are followed, but each folder is visited once. Names that begin with a dot are skipped.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
     found, visited = [], set()
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))  # of two links the first, everywhere
+        below[:] = sorted(name for name in below if not name.startswith("."))  # of two links the same everywhere
         if (place := os.path.realpath(folder)) in visited:
             below.clear()
             continue
@@ -68,7 +68,7 @@ def find(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
 def _labels(
     root: Path, labels: str | None, column: str | None, names: list[str], known: list[str]
 ) -> tuple[list[int] | None, list[str]]:
-    """The label of each of `names`, -1 where it has none, and the classes. `known` are the names of all splits."""
+    """Return the label of each of `names` (-1: none) and the classes. `known` holds the names of all splits."""
     if labels is None:
         return None, []
     file = root / labels

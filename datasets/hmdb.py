@@ -8,16 +8,16 @@ from utils.config import split_of_fold
 from utils.errors import UserError
 
 HELP = "expected HMDB-51 as published: videos/<class>/*.avi (or hmdb51_org/) and splits/<class>_test_split<k>.txt"
-MARKS = {"train": "1", "test": "2"}  # in the split files; 0 is in neither
+MARKS = {"train": "1", "test": "2"}  # in the split files; 0: in neither split
 
 
 def list_videos(dataset: dict, split: str) -> VideoList:
-    """The videos of `train-split<k>` or `test-split<k>`, where `{fold}` stands for `dataset.fold`.
+    """List the videos of `train-split<k>` or `test-split<k>`; `{fold}` is replaced by `dataset.fold`.
 
-    The classes are those that have a split file, in alphabetical order; the class of a video is its folder's.
+    The classes are those with a split file, in alphabetical order. A video's class is that of its folder.
 
     Raises:
-        UserError: another split, or lists or videos are not where they should be.
+        UserError: the split is unknown, or lists or videos are not in their place.
     """
     root = Path(dataset["root"])
     wanted = re.fullmatch(r"(train|test)-split(\d+)", split_of_fold(split, dataset["fold"]))

@@ -1,7 +1,7 @@
-"""`manifest.csv` of a prepared folder: a line a video, so that nothing has to be looked for on the disk.
+"""`manifest.csv` of a prepared folder: one line per video, so that the disk need not be searched.
 
-Where `dataset.root` holds a manifest, the data sets take the names of their videos from it and look for no file, so
-that 200,000 of them are listed in seconds on any file system. Videos with an error are left out.
+If `dataset.root` holds a manifest, the data sets read their video names from it without looking at any file, so that
+200,000 videos are listed in seconds on any file system. Videos with an error are skipped.
 """
 
 import csv
@@ -19,7 +19,7 @@ log = logging.getLogger("avssrl")
 
 FILE = "manifest.csv"
 COLUMNS = (
-    "path",  # below the folder
+    "path",  # relative to the folder
     "label",
     "split",
     "duration",  # seconds
@@ -31,31 +31,31 @@ COLUMNS = (
     "loudness",  # dBFS
     "motion",  # mean change of a pixel from frame to frame, of 255
     "still",  # 1: a still picture
-    "declared",  # seconds of video by the raw file's header; 0: it does not say
-    "shift",  # seconds: the raw file's time at which this one's clock begins
-    "source",  # fingerprint of the raw file and of how it was prepared
-    "error",  # why there is no file; empty where there is one
+    "declared",  # duration of the video in the raw file's header, seconds; 0: not declared
+    "shift",  # time in the raw file at which the prepared file's clock begins, seconds
+    "source",  # fingerprint of the raw file and of the preparation options
+    "error",  # why there is no file; empty if there is one
 )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The videos of a manifest: paths in order, each with its source's fingerprint; and those with an error."""
+    """The videos of a manifest: `sources` maps paths, in order, to fingerprints, `errors` paths to error messages."""
 
     sources: Mapping[str, str]
     errors: Mapping[str, str]
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the readable videos below the root, in order."""
+        """Paths of the readable videos relative to the root, in order."""
         return list(self.sources)
 
 
 def manifest_of(root: str | Path) -> Manifest | None:
-    """The manifest of a folder, None where there is none. Read once as long as the file does not change.
+    """Return the manifest of a folder, or None if there is none. Cached until the file changes.
 
     Raises:
-        UserError: the file is no manifest.
+        UserError: the file is not a manifest.
     """
     file = Path(root) / FILE
     try:
@@ -82,7 +82,7 @@ def _load(file: str, changed: int, size: int) -> Manifest:
             else:
                 sources[row[path]] = row[source]
     if errors:
-        log.info("%s: %d videos, and %d without a file, left out", file, len(sources), len(errors))
+        log.info("%s: %d videos; skipped %d that could not be prepared", file, len(sources), len(errors))
     return Manifest(sources, errors)
 
 
@@ -90,22 +90,22 @@ def _parsed(lines: Iterable[str], file: str) -> Iterator[list[str]]:
     try:
         yield from csv.reader(lines)
     except csv.Error as error:
-        raise UserError(f"{file}: is no manifest: {error}; prepare the data again") from None
+        raise UserError(f"{file}: not a manifest: {error}; prepare the data again") from None
 
 
 def read_rows(file: str | Path) -> list[dict]:
-    """The lines of a manifest, or of a shard's part of one, as dicts of texts. Half a last line is left out."""
+    """Read the lines of a manifest or of a shard's part as dicts of strings. An incomplete last line is skipped."""
     try:
         with Path(file).open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             return [row for row in csv.DictReader(lines) if row.get("error") is not None]
     except FileNotFoundError:
         return []
     except csv.Error as error:
-        raise UserError(f"{file}: is no manifest: {error}; delete it") from None
+        raise UserError(f"{file}: not a manifest: {error}; delete it") from None
 
 
 def write_rows(file: str | Path, rows: Iterable[Mapping]) -> None:
-    """Write a manifest whole or not at all, its lines sorted by path. UserError where it cannot be written."""
+    """Write a manifest atomically, sorted by path. Raises UserError if it cannot be written."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -114,10 +114,10 @@ def write_rows(file: str | Path, rows: Iterable[Mapping]) -> None:
 
 
 def append_rows(file: str | Path, rows: Iterable[Mapping]) -> Iterator[None]:
-    """Add lines to a manifest as they come, each on the disk before the next one is asked for.
+    """Append lines to a manifest as they arrive, writing each before requesting the next.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: a line cannot be written.
     """
     for row in rows:
         try:
@@ -129,14 +129,14 @@ def append_rows(file: str | Path, rows: Iterable[Mapping]) -> Iterator[None]:
 
 
 def missing_of(manifest: Manifest, names: Sequence[str]) -> list[int]:
-    """The places of the names that a manifest has no file for."""
+    """Return the indices of the names for which the manifest has no file."""
     return [i for i, name in enumerate(names) if name not in manifest.sources]
 
 
 def size_and_time(file: Path) -> str:
-    """A file's size in bytes and its last change in ns: what tells one state of it from another; `absent` if it is."""
+    """Return a file's size in bytes and modification time in ns as a string that identifies its state, or `absent`."""
     try:
         status = file.stat()
-    except OSError:  # a broken link, say: whoever opens it says so
+    except OSError:  # such as a broken link, which is reported when it is opened
         return "absent"
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -1,13 +1,13 @@
-"""Raw downloads -> training-ready files and a manifest.
+"""Prepare raw downloads: convert them to training-ready files and write a manifest.
 
     python3 -m datasets.prepare vggsound --root RAW --out PREPARED --workers 16
     python3 -m datasets.prepare ucf101 --root RAW --out PREPARED --shard 3/8     # one of eight jobs, shared disk
-    python3 -m datasets.prepare vggsound --root RAW --check                      # only look, and report
+    python3 -m datasets.prepare vggsound --root RAW --check                      # write no videos, only report
 
-PREPARED is laid out as RAW and its files have the same names, also where these end in .avi (readers go by content), so
-every configuration works on either. Killed, the command goes on where it was: what is finished is skipped as long as
-the raw file (size, time of change) and the options are the same. A video that cannot be prepared costs itself alone,
-also when it crashes the decoder or holds it for longer than `--time-limit`; its line in manifest.csv says why.
+PREPARED has RAW's layout and file names (even if they end in .avi; readers detect the format from the content), so
+every configuration works with either. An interrupted run resumes: finished files are skipped while the raw file (size,
+modification time) and the options are unchanged. A video that cannot be prepared does not affect the others, even if it
+crashes the decoder or exceeds `--time-limit`; its line in manifest.csv gives the reason.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from utils.errors import UserError
 from utils.files import lock, write_whole
 from utils.processes import cores
 
-LISTS = {  # what belongs to a data set beside its videos
+LISTS = {  # files of a data set other than its videos
     "vggsound": ("vggsound.csv",),
     "ucf101": ("ucfTrainTestlist",),
     "hmdb51": ("splits", "testTrainMulti_7030_splits"),
     "folder": (".",),  # its CSV files
 }
-SHORT = 0.5  # seconds that a video may end before it declares to
+SHORT = 0.5  # seconds by which a video may end before its declared end
 PART = "manifest-part-{}-of-{}.csv"
 
 
@@ -47,18 +47,18 @@ def main() -> None:
     parser.add_argument("dataset", choices=LISTS)
     parser.add_argument("--root", required=True, metavar="RAW", help="the data set as downloaded; only read")
     parser.add_argument("--out", metavar="PREPARED", help="where the prepared data set goes")
-    parser.add_argument("--workers", type=at_least(1), default=cores(), help="processes; default: one a core")
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="prepare the I-th of N parts")
-    parser.add_argument("--short-side", type=at_least(1), default=256, metavar="PX", help="at most; default: 256")
-    parser.add_argument("--fps", default="keep", help="frames a second, or keep (default)")
-    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds a video")
-    parser.add_argument("--check", action="store_true", help="write no videos: look at RAW, and report")
+    parser.add_argument("--workers", type=at_least(1), default=cores(), help="processes; default: one per core")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="prepare only shard I of N")
+    parser.add_argument("--short-side", type=at_least(1), default=256, metavar="PX", help="maximum; default: 256")
+    parser.add_argument("--fps", default="keep", help="frames per second, or keep (default)")
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds per video; default: 120")
+    parser.add_argument("--check", action="store_true", help="write no videos, only inspect RAW and report")
     args = parser.parse_args()
     prepare(args)
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Check the arguments, find the videos, and do one shard of them; one process at a time."""
+    """Check the arguments, find the videos and prepare one shard, which is locked against other processes."""
     raw, out = Path(args.root), Path(args.out) if args.out else None
     shard, shards = _shard(args.shard)
     fps = None if args.fps == "keep" else _positive(args.fps)
@@ -69,9 +69,9 @@ def prepare(args: argparse.Namespace) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is no folder")
     if (out is None) != args.check:
-        raise UserError("give --out PREPARED, or --check to write nothing but a report")
+        raise UserError("give --out PREPARED, or --check to write only a report")
     if out is not None and raw.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out}: is in the raw folder, which is only read; give another")
+        raise UserError(f"--out {out}: is in the raw folder, which is only read; choose another folder")
     names = sorted(find_videos(args.dataset, raw))
     if not names:
         raise UserError(f"--root {raw}: no video found for {args.dataset}; looked for {' '.join(folder.ENDINGS)}")
@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace) -> None:
 def write_shard(
     args: argparse.Namespace, names: list[str], shard: tuple[int, int], fps: float | None, part: Path
 ) -> None:
-    """Prepare what is missing of a shard (number, of how many), write `part` of the manifest, and merge the parts."""
+    """Prepare the missing videos of a shard (number, count), write its `part` of the manifest and merge the parts."""
     raw, out, report = Path(args.root), Path(args.out) if args.out else None, part.parent
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
     prints = {name: fingerprint(raw / name, recipe) for name in names}
@@ -119,7 +119,7 @@ def write_shard(
 
 
 def sum_up(part: Path, videos: Path) -> None:
-    """Write and print the summary beside `part`, and draw the contact sheet of the videos below `videos`."""
+    """Print the summary, write it beside `part`, and draw the contact sheet of the videos below `videos`."""
     report = part.parent
     rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
     summary = summarise(list(rows.values()))
@@ -128,11 +128,11 @@ def sum_up(part: Path, videos: Path) -> None:
     readable = [row for row in rows.values() if not row["error"]]
     if readable:
         draw_contact_sheet(videos, [row["path"] for row in readable], report / "contact-sheet.png")
-        print(f"pictures: {report / 'contact-sheet.png'}")
+        print(f"contact sheet: {report / 'contact-sheet.png'}")
 
 
 def find_videos(dataset: str, raw: Path) -> Iterator[str]:
-    """Names below the root of the videos of a data set in its layout."""
+    """Find the videos of a data set in its layout, as paths relative to the root."""
     if dataset == "vggsound":
         for top in ("train", "test"):
             yield from (f"{top}/{name}" for name in vggsound.find(raw / top))
@@ -148,14 +148,14 @@ def find_videos(dataset: str, raw: Path) -> Iterator[str]:
 
 
 def fingerprint(file: Path, recipe: str) -> str:
-    """Says whether a prepared file is still that of this raw file and recipe."""
+    """Hash a raw file's size and modification time and the recipe, to detect outdated prepared files."""
     return hashlib.sha256(f"{size_and_time(file)} {recipe}".encode()).hexdigest()[:16]
 
 
 def is_done(row: dict, source: str | None, out: Path | None) -> bool:
-    """Whether a line of a manifest still holds, and its file, if it should have one, is there.
+    """Whether a line of a manifest is still valid and its file, if it should have one, exists.
 
-    A crash or too long a time may have been the machine's fault: such a video is tried again.
+    A crash or timeout may have been the machine's fault, so such a video is tried again.
     """
     if row["source"] != source:
         return False
@@ -165,15 +165,15 @@ def is_done(row: dict, source: str | None, out: Path | None) -> bool:
 
 
 def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_errors: bool = False) -> dict[str, dict]:
-    """The lines of the manifest and of all its parts that hold for the present raw files and options, by path.
+    """Collect the lines of the manifest and its parts that are valid for the current raw files and options, by path.
 
-    Without `all_errors` those are left out whose video is to be tried again.
+    Without `all_errors`, lines of videos that are to be tried again are skipped.
     """
     found = {}
     for file in (report / FILE, *sorted(report.glob(PART.format("*", "*")))):
         for row in read_rows(file):
             source = prints.get(row["path"])
-            if row["error"] and row["path"] in found:  # it worked, or failed, elsewhere
+            if row["error"] and row["path"] in found:  # another line already covers this video
                 continue
             if is_done(row, source, out) or (all_errors and row["error"] and row["source"] == source):
                 found[row["path"]] = row
@@ -181,7 +181,7 @@ def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_err
 
 
 def copy_lists(dataset: str, raw: Path, out: Path) -> None:
-    """Copy the lists and labels that belong to the data set: what they say, not that they are read-only."""
+    """Copy the lists and labels of the data set: their contents, not their file permissions."""
     endings = (".csv",) if dataset == "folder" else ("",)
     for top in LISTS[dataset]:
         names = [top] if (raw / top).is_file() else []
@@ -194,7 +194,7 @@ def copy_lists(dataset: str, raw: Path, out: Path) -> None:
 
 
 def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:
-    """The label of each video, empty where there is none: VGGSound's from its CSV, the others' from the folder."""
+    """Return the label of each video (empty if none): from the CSV for VGGSound, else from the video's folder."""
     if dataset == "vggsound":
         clips = [vggsound.parse_name(Path(name).name) for name in names]
         numbers, classes = vggsound.read_labels(raw / "vggsound.csv", clips)
@@ -204,7 +204,7 @@ def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:
 
 
 def row_of(name: str, label: str, outcome: Facts | str, source: str) -> dict:
-    """A line of the manifest: the facts, or the error."""
+    """Make a line of the manifest, with the facts or the error."""
     split = name.split(os.sep)[0] if name.split(os.sep)[0] in ("train", "test") else ""
     row = {"path": name, "label": label, "split": split, "source": source, "error": ""}
     if isinstance(outcome, str):
@@ -213,14 +213,14 @@ def row_of(name: str, label: str, outcome: Facts | str, source: str) -> dict:
 
 
 def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_part: Path | None) -> None:
-    """Write the whole manifest once every video has a line; until then there is none, or the one before.
+    """Write the manifest once every video has a line; until then, any previous manifest is kept.
 
-    `only_part` is removed then: it was the whole.
+    `only_part`, the part of a single shard, is then removed.
     """
     rows = collect_rows(report, prints, out, all_errors=True)
     absent = len(prints) - len(rows)
     if absent:
-        print(f"{absent} of {len(prints)} videos are in no part yet: run the other shards, then any one again")
+        print(f"{absent} of {len(prints)} videos are not in any part yet: run the other shards, then any one again")
         return
     write_rows(report / FILE, rows.values())
     print(f"manifest: {report / FILE}")
@@ -229,15 +229,15 @@ def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_par
 
 
 def clear_leftovers(out: Path, time_limit: float) -> None:
-    """Delete half files of killed workers: nobody wrote to them for `time_limit` seconds, which a video may take."""
+    """Delete unfinished files of killed workers: those unchanged for `time_limit` seconds, the limit of one video."""
     for half in out.rglob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another shard was done with it
+        with contextlib.suppress(FileNotFoundError):  # another shard has just finished it
             if time.time() - half.stat().st_mtime > time_limit:
                 half.unlink()
 
 
 def summarise(rows: list[dict]) -> str:
-    """What there is and what was dropped and why, in words."""
+    """Summarise as text what was prepared, and what was dropped and why."""
     good, bad = ([row for row in rows if bool(row["error"]) == failed] for failed in (False, True))
     hours = sum(float(row["duration"]) for row in good) / 3600
     lines = [f"{len(good)} videos, {hours:.2f} hours; {len(bad)} dropped"]
@@ -254,7 +254,7 @@ def summarise(rows: list[dict]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """How many, and the first five of them."""
+    """Format the number of names and the first five."""
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} ({shown})" if names else "0"
 
@@ -272,7 +272,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1000:
-        raise UserError(f"--fps {text}: expected keep, or frames a second above 0")
+        raise UserError(f"--fps {text}: expected keep, or frames per second above 0")
     return value
 
 

@@ -1,7 +1,7 @@
-"""From decoded clips to network input: one crop in the worker, everything else a whole batch at a time on the device.
+"""From decoded clips to network input: the worker crops, everything else is done per batch on the device.
 
-The worker draws each sample's augmentation as a few numbers (`draw_video_augmentation`, `draw_audio_augmentation`); the
-device applies them. So a sample does not depend on the batch, the process or the device that it lands on.
+The worker draws the parameters of each sample's augmentation (`draw_video_augmentation`, `draw_audio_augmentation`) and
+the device applies them. So a sample does not depend on its batch, process or device.
 """
 
 import math
@@ -18,13 +18,13 @@ from utils.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PEAK = 0.95
-FLOOR = 1e-5  # of a mel magnitude, before the logarithm
+FLOOR = 1e-5  # minimum mel magnitude before the logarithm
 
 
 def crop_and_resize(frames: Tensor, box: tuple[int, int, int, int], size: int, mode: str = "bilinear") -> Tensor:
-    """Cut the box (top, left, height, width) out of frames (T, H, W, 3) uint8 and resize it to (T, size, size, 3).
+    """Crop frames, uint8 (T, H, W, 3), to the box (top, left, height, width) and resize to (T, size, size, 3).
 
-    `mode` is `bilinear` (antialiased), `bilinear-plain` (without) or `nearest`.
+    `mode` is `bilinear` (antialiased), `bilinear-plain` (not antialiased) or `nearest`.
     """
     top, left, height, width = box
     frames = frames[:, top : top + height, left : left + width]
@@ -39,9 +39,9 @@ def crop_and_resize(frames: Tensor, box: tuple[int, int, int, int], size: int, m
 
 
 def draw_video_augmentation(color: list[float], rng: np.random.Generator) -> np.ndarray:
-    """One clip's flip (0 or 1), brightness, contrast and saturation factors and hue shift (turns): float32 (5,).
+    """Draw a clip's flip (0 or 1), brightness, contrast and saturation factors and hue shift (turns): float32 (5,).
 
-    `color` holds the jitters: factors are uniform in 1 -+ jitter (not below 0), the hue shift in -+ jitter.
+    `color` holds the jitters: factors are uniform in 1 +- jitter (at least 0), the hue shift in +- jitter.
     """
     *jitters, hue = color
     factors = [rng.uniform(max(0.0, 1 - jitter), 1 + jitter) for jitter in jitters]
@@ -49,14 +49,14 @@ def draw_video_augmentation(color: list[float], rng: np.random.Generator) -> np.
 
 
 def no_video_augmentation() -> np.ndarray:
-    """What `draw_video_augmentation` answers for a clip that is to stay as it is."""
+    """Return the parameters, as from `draw_video_augmentation`, that leave a clip unchanged."""
     return np.array([0, 1, 1, 1, 0], dtype=np.float32)
 
 
 def draw_audio_augmentation(
     n_mels: int, frames: int, tfmask: dict, rng: np.random.Generator
 ) -> tuple[np.float32, np.ndarray, np.ndarray]:
-    """One clip's gain (0.7 to 1), covered mel bins, bool (n_mels,), and covered time frames, bool (frames,)."""
+    """Draw a clip's gain (0.7 to 1), masked mel bins, bool (n_mels,), and masked time frames, bool (frames,)."""
     gain = np.float32(rng.uniform(0.7, 1.0))
     variable = tfmask["var_masks"]
     mels = block_mask(n_mels, tfmask["freq_mask_ratio"], tfmask["freq_mask_size"], variable, rng)
@@ -65,22 +65,22 @@ def draw_audio_augmentation(
 
 
 def num_spectrogram_frames(samples: int, n_fft: int, hop_length: int) -> int:
-    """The time frames that `LogMelSpectrogram` makes of a waveform of so many samples."""
+    """Number of time frames in the `LogMelSpectrogram` of `samples` samples."""
     return (samples + 2 * ((n_fft - hop_length) // 2) - n_fft) // hop_length + 1
 
 
 class VideoPrep(nn.Module):
-    """Frames uint8 (N, T, H, W, 3) to normalised clips (N, 3, T, H, W), float32, without leaving their memory layout.
+    """Augment and normalise frames, uint8 (N, T, H, W, 3), to float32 clips (N, 3, T, H, W) in the same memory layout.
 
-    `augmentation` (N, 5) is what `draw_video_augmentation` drew, one draw a clip; None leaves the clips as they are.
-    Jitters come in the order brightness, contrast, saturation, hue, each clipped to [0, 1], with the meaning that they
-    have in torchvision: contrast blends with the mean gray of a frame, hue turns the HSV wheel.
+    `augmentation` (N, 5) holds one draw of `draw_video_augmentation` per clip; None leaves the clips unchanged. The
+    order is brightness, contrast, saturation, hue, each clipped to [0, 1] and defined as in torchvision: contrast
+    blends with the mean gray of a frame, hue rotates the HSV wheel.
 
-    Red, green and blue are tensors of their own until the end, which torch.compile makes two kernels of (one sums the
-    gray, one does the rest) and which takes a CPU half the time.
+    Red, green and blue are separate tensors until the end. torch.compile then needs only two kernels (one sums the
+    gray, one does the rest), and a CPU half the time.
 
     Args:
-        color: the jitters that the draws come from; a step whose jitter is 0 is left out.
+        color: the jitters used for the draws; steps with jitter 0 are skipped.
     """
 
     def __init__(self, color: Sequence[float] = (1.0, 1.0, 1.0, 0.5)) -> None:
@@ -115,15 +115,15 @@ class VideoPrep(nn.Module):
 
 
 def luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
-    """The gray of colours, by ITU-R BT.601."""
+    """Convert colours to gray (ITU-R BT.601)."""
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def turn_hue(red: Tensor, green: Tensor, blue: Tensor, turns: Tensor) -> list[Tensor]:
-    """Turn the HSV hue of colours in [0, 1] by `turns` (1 is the full circle); red, green and blue again.
+    """Rotate the HSV hue of colours in [0, 1] by `turns` (1: full circle). Returns red, green and blue.
 
-    With value v, chroma c and hue h (in sixths of the circle), each channel is v - c * clip(tent(h)), where the tents
-    of red, green and blue stand a third of the circle apart.
+    With value v, chroma c and hue h (in sixths of the circle), each channel is v - c * clip(tent(h)). The tents of
+    red, green and blue are a third of the circle apart.
     """
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
@@ -138,21 +138,21 @@ def turn_hue(red: Tensor, green: Tensor, blue: Tensor, turns: Tensor) -> list[Te
 
 
 def slaney_mel(hz: np.ndarray) -> np.ndarray:
-    """Hz to mel on Slaney's scale: linear up to 1 kHz (15 mel), logarithmic above (27 mel a factor of 6.4)."""
+    """Convert Hz to mel on Slaney's scale: linear up to 1 kHz (15 mel), then logarithmic (27 mel per factor 6.4)."""
     hz = np.asarray(hz, dtype=np.float64)
     return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / math.log(6.4))
 
 
 def slaney_hz(mel: np.ndarray) -> np.ndarray:
-    """The inverse of `slaney_mel`."""
+    """Convert mel to Hz; the inverse of `slaney_mel`."""
     mel = np.asarray(mel, dtype=np.float64)
     return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((np.maximum(mel, 15) - 15) * math.log(6.4) / 27))
 
 
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
-    """Triangular filters over 0 to sample_rate / 2, each filter's weights summing to 1: float32 (n_mels, n_fft/2 + 1).
+    """Return triangular filters from 0 to sample_rate / 2 with weights that sum to 1: float32 (n_mels, n_fft/2 + 1).
 
-    A filter so narrow that no FFT bin falls into it stays zero.
+    A filter too narrow to contain an FFT bin is zero.
     """
     bins = np.arange(n_fft // 2 + 1) * sample_rate / n_fft
     edges = slaney_hz(np.linspace(0, slaney_mel(sample_rate / 2), n_mels + 2))
@@ -163,10 +163,10 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 class LogMelSpectrogram(nn.Module):
-    """Waveforms (N, L) to log10-mel spectrograms (N, n_mels, frames).
+    """Compute log10-mel spectrograms (N, n_mels, frames) of waveforms (N, L).
 
-    Reflect-padded by (n_fft - hop_length) / 2 on both sides, no centring, symmetric Hann window, magnitude, mel filters
-    of `mel_filters`, log10 with floor 1e-5. 2 s at 16 kHz, n_fft 512, hop 256, 128 mels: 128 x 125.
+    Reflect padding by (n_fft - hop_length) / 2 on both sides, no centring, symmetric Hann window, magnitude, filters of
+    `mel_filters`, log10 with floor 1e-5. Example: 2 s at 16 kHz, n_fft 512, hop 256 and 128 mels give 128 x 125.
     """
 
     def __init__(self, sample_rate: int, n_fft: int, hop_length: int, n_mels: int) -> None:
@@ -186,10 +186,10 @@ class LogMelSpectrogram(nn.Module):
 
 
 class AudioPrep(nn.Module):
-    """Waveforms (N, L) to normalised log-mel spectrograms (N, 1, n_mels, frames).
+    """Compute normalised log-mel spectrograms (N, 1, n_mels, frames) of waveforms (N, L).
 
-    Each waveform is scaled to a peak of 0.95 (silence stays silence), times its gain; each mel bin is z-normalised by
-    the training set's `mean` and `std` (n_mels,); covered bins take the spectrogram's minimum.
+    Each waveform is scaled to a peak of 0.95 (silence stays silent) times its gain. Mel bins are normalised by the
+    training set's `mean` and `std` (n_mels,). Masked bins are set to the spectrogram's minimum.
     """
 
     def __init__(self, sample_rate: int, spec_params: dict, mean: Tensor, std: Tensor) -> None:
@@ -217,21 +217,21 @@ class AudioPrep(nn.Module):
 
 
 def normalise_peak(waveform: Tensor) -> Tensor:
-    """Scale waveforms (N, L) to a peak of 0.95; silence stays silence."""
+    """Scale waveforms (N, L) to a peak of 0.95; silence stays silent."""
     peak = waveform.abs().amax(1, keepdim=True)
     return waveform * torch.where(peak > 0, PEAK / peak.clamp_min(1e-8), torch.ones_like(peak))
 
 
 class BatchPrep(nn.Module):
-    """A loader's batch to network input on the device: the copy, `VideoPrep` and `AudioPrep`.
+    """Convert a loader's batch to network input: copy it to the device, apply `VideoPrep` and `AudioPrep`.
 
     Args:
         dataset: a configuration's `dataset` section.
-        audio_stats: `mean` and `std` (n_mels,) of the training set; None where no sound is used.
-        device: where the network is.
+        audio_stats: `mean` and `std` (n_mels,) of the training set; None without sound.
+        device: the network's device.
 
     Raises:
-        UserError: the statistics are of another number of mel bins than the configuration's.
+        UserError: the statistics have another number of mel bins than the configuration.
     """
 
     def __init__(self, dataset: dict, audio_stats: dict[str, Tensor] | None, device: torch.device) -> None:
@@ -241,19 +241,19 @@ class BatchPrep(nn.Module):
         if audio_stats is not None:
             bins, asked = len(audio_stats["mean"]), dataset["spec_params"]["n_mels"]
             if bins != asked:
-                raise UserError(f"dataset.spec_params.n_mels: {asked}, but the audio statistics are of {bins} mel bins")
+                raise UserError(f"dataset.spec_params.n_mels: {asked}, but the audio statistics have {bins} mel bins")
             self.audio = AudioPrep(dataset["audio_srate"], dataset["spec_params"], **audio_stats)
         self.device = device
         self.to(device)
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Clips (N, 3, T, H, W) and their spectrograms (N, 1, n_mels, frames), or the second clips of pairs."""
+        """Return clips (N, 3, T, H, W) and their spectrograms (N, 1, n_mels, frames), or pairs' second clips."""
         on_device = {
             name: value.to(self.device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)
         }
         get = on_device.get
         training = "video_aug" in on_device
-        video = self.video if training else self.video.forward  # compiled for a training batch's shape, if at all
+        video = self.video if training else self.video.forward  # only training batches are compiled, if at all
         clips = video(on_device["frames"], get("video_aug"))
         if self.audio is None:
             return clips, video(on_device["frames_2"], get("video_aug_2"))

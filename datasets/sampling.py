@@ -1,7 +1,7 @@
-"""Which seconds of a video to take: pure functions of spans, lengths and a random generator.
+"""Sampling of clips, crops and masks: pure functions of spans, sizes and a random generator.
 
-A span is `(start, end)` in seconds on the file's clock. Policy for short streams: where a span is shorter than the clip
-asked of it, the clip starts with the span, and the decoder repeats the last frame or pads the waveform with silence.
+A span is `(start, end)` in seconds on the file's clock. If a span is shorter than the requested clip, the clip starts
+with the span, and the decoder repeats the last frame or pads the waveform with silence.
 """
 
 import numpy as np
@@ -10,19 +10,19 @@ Span = tuple[float, float]
 
 
 def overlap(first: Span, second: Span) -> Span:
-    """The part that two spans share; where they share none, the empty span at the later start."""
+    """Return the intersection of two spans; if they are disjoint, the empty span at the later start."""
     start = max(first[0], second[0])
     return start, max(start, min(first[1], second[1]))
 
 
 def anywhere(span: Span, seconds: float, rng: np.random.Generator) -> float:
-    """A start, uniform over those with which a clip of `seconds` lies inside the span."""
+    """Draw a start, uniform over those for which a clip of `seconds` lies inside the span."""
     room = span[1] - span[0] - seconds
     return span[0] + rng.uniform(0.0, 1.0) * max(0.0, room)
 
 
 def evenly(span: Span, seconds: float, count: int) -> list[float]:
-    """`count` starts of clips of `seconds`, evenly over the whole span; a single one is in the middle."""
+    """Return `count` starts of clips of `seconds`, evenly over the whole span; a single one is in the middle."""
     room = max(0.0, span[1] - span[0] - seconds)
     if count == 1:
         return [span[0] + room / 2]
@@ -32,10 +32,10 @@ def evenly(span: Span, seconds: float, count: int) -> list[float]:
 def audio_visual(
     video: Span, audio: Span, video_seconds: float, audio_seconds: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Starts of a video and an audio clip that belong together.
+    """Draw the starts of a video clip and its audio clip.
 
-    The audio clip lies anywhere in the overlap of the streams, the video clip anywhere inside the audio clip widened by
-    0.5 s on both sides, and inside the video.
+    The audio clip lies anywhere in the overlap of the streams. The video clip lies anywhere within the audio clip
+    extended by 0.5 s on both sides, and within the video.
     """
     audio_start = anywhere(overlap(video, audio), audio_seconds, rng)
     window = overlap((audio_start - 0.5, audio_start + audio_seconds + 0.5), video)
@@ -46,7 +46,7 @@ def audio_visual(
 def audio_visual_evenly(
     video: Span, audio: Span, video_seconds: float, audio_seconds: float, count: int
 ) -> list[tuple[float, float]]:
-    """`count` pairs of starts, evenly over the overlap of the streams, each video clip at the middle of its audio."""
+    """Return `count` pairs of starts, evenly over the streams' overlap, each video clip centred in its audio clip."""
     shared = overlap(video, audio)
     pairs = []
     for audio_start in evenly(shared, audio_seconds, count):
@@ -59,9 +59,9 @@ def audio_visual_evenly(
 def two_apart(
     video: Span, seconds: float, rng: np.random.Generator, least: float = 2.0, most: float = 8.0
 ) -> tuple[float, float]:
-    """Starts of two clips of one video, `least` to `most` seconds apart, in random order.
+    """Draw the starts of two clips of a video, `least` to `most` seconds apart, in random order.
 
-    A video too short for that gives the two clips that lie as far apart as it allows: its first and its last seconds.
+    If the video is too short for that, the clips are as far apart as possible: at its beginning and at its end.
     """
     room = max(0.0, video[1] - video[0] - seconds)
     if room <= least:
@@ -76,9 +76,9 @@ def two_apart(
 def random_resized_crop(
     height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) of a random share of the frame's area and a random aspect ratio (log-uniform).
+    """Draw a box (top, left, height, width) with a random share of the frame's area and log-uniform aspect ratio.
 
-    After ten draws that do not fit, the largest centred box within the aspect limits (the Inception recipe).
+    After ten draws that do not fit, returns the largest centred box within the aspect limits (the Inception recipe).
     """
     for _ in range(10):
         size = height * width * rng.uniform(*area)
@@ -92,10 +92,10 @@ def random_resized_crop(
 
 
 def block_mask(length: int, ratio: float, size: int, variable: bool, rng: np.random.Generator) -> np.ndarray:
-    """Which of `length` bins to cover: bool (length,). The covered share is uniform from 0 to `ratio`.
+    """Draw which of `length` bins to mask: bool (length,). The masked share is uniform from 0 to `ratio`.
 
-    Blocks of `size` bins (of 1 to `size` where `variable`) fall at random places until the share is covered; the last
-    one is cut so that it is not exceeded.
+    Blocks of `size` bins (1 to `size` if `variable`) are placed at random until the share is masked; the last block is
+    shortened so as not to exceed it.
     """
     mask = np.zeros(length, dtype=bool)
     target = int(rng.uniform(0.0, ratio) * length)

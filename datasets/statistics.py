@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each mel bin over the training set: computed once, kept, reused."""
+"""Mean and standard deviation of each mel bin over the training set, computed once and cached."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ log = logging.getLogger("avssrl")
 
 
 class _Spectrograms(Dataset):
-    """One log-mel spectrogram (n_mels, frames) from each chosen video, or the reason why there is none."""
+    """One log-mel spectrogram (n_mels, frames) per chosen video, or the decoding error as a string."""
 
     def __init__(self, videos: VideoList, chosen: np.ndarray, recipe: ClipRecipe) -> None:
         self.videos, self.chosen, self.recipe = videos, chosen, recipe
@@ -50,12 +50,12 @@ class _Spectrograms(Dataset):
 def audio_statistics(
     videos: VideoList, recipe: ClipRecipe, num_workers: int, cache_dir: str | Path
 ) -> dict[str, torch.Tensor]:
-    """`mean` and `std` of each mel bin, float32 (n_mels,), over one clip from each of at most 2,000 videos.
+    """Compute `mean` and `std` of each mel bin, float32 (n_mels,), over one clip from each of at most 2,000 videos.
 
-    Kept as `<cache_dir>/audio-stats-<fingerprint of files and parameters>.npz` and read from there the next time.
+    The result is cached as `<cache_dir>/audio-stats-<fingerprint of files and parameters>.npz`.
 
     Raises:
-        UserError: no video's sound could be read, or the cache could not be written.
+        UserError: the sound of no video could be read, or the cache could not be written.
     """
     chosen = np.unique(np.linspace(0, len(videos) - 1, min(len(videos), MOST_VIDEOS)).round().astype(int))
     files = data_fingerprint(videos.subset(chosen))
@@ -67,9 +67,9 @@ def audio_statistics(
         try:
             return read_statistics(cached, recipe.spec_params["n_mels"])
         except UserError as error:
-            log.warning("%s; they are computed again", error)
+            log.warning("%s; computing them again", error)
     statistics, used = _compute(videos, chosen, recipe, num_workers)
-    log.info("audio statistics: from %d videos, kept in %s", used, cached)
+    log.info("audio statistics: computed from %d videos, cached in %s", used, cached)
     npz = io.BytesIO()
     np.savez(npz, count=used, **{name: value.numpy() for name, value in statistics.items()})
     write_whole(cached, npz.getvalue())
@@ -77,10 +77,10 @@ def audio_statistics(
 
 
 def read_statistics(file: str | Path, n_mels: int) -> dict[str, torch.Tensor]:
-    """`mean` and `std` of each mel bin, float32 (n_mels,), from an npz file, such as the thesis' repository has.
+    """Read `mean` and `std` of each mel bin, float32 (n_mels,), from an npz file like that of the thesis' repository.
 
     Raises:
-        UserError: the file cannot be read, or holds anything else.
+        UserError: the file cannot be read, or has other contents.
     """
     try:
         with np.load(file) as stored:
@@ -111,7 +111,7 @@ def _compute(
     if not used:
         raise UserError(f"{videos.root}: the sound of none of {len(chosen)} videos could be read; first: {errors[0]}")
     if errors:
-        log.warning("audio statistics: left out %d of %d videos; first: %s", len(errors), len(chosen), errors[0])
+        log.warning("audio statistics: skipped %d of %d videos; first: %s", len(errors), len(chosen), errors[0])
     mean = total / frames
     std = (squares / frames - mean.square()).clamp_min(0).sqrt()
     return {"mean": mean.float(), "std": std.float()}, used

@@ -1,7 +1,7 @@
-"""One raw video -> one training-ready file: what `datasets.prepare` does with each file, by PyAV alone.
+"""Transcode one raw video to one training-ready file with PyAV; `datasets.prepare` does this with every file.
 
-Every frame can be reached by decoding at most `GOP` frames, which are small and cheap to decode; the sound is mono, at
-the rate that training wants, and lossless. Colours pass through the conversion to RGB by which raw files are read.
+Every frame can be reached by decoding at most `GOP` small and cheap frames. The sound is mono, lossless and at the
+sample rate of training. Colours go through the same conversion to RGB with which raw files are read.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from datasets.decoding import DecodeError, VideoFile
 from utils.errors import UserError
 
 GOP = 12  # frames from one key frame to the next
-B_FRAMES = 3  # between two others; none refers to them, so that a reader skips those that it does not want
-QUALITY = 18  # x264's crf: 18 passes for transparent
+B_FRAMES = 3  # between two other frames; not referenced, so that a reader can skip those it does not need
+QUALITY = 18  # x264's crf; 18 is considered visually lossless
 SAMPLE_RATE = 16000  # Hz
 AUDIO_FRAME = 4096  # samples
-CLOCK = 90000  # ticks a second of the frames' time stamps
-# where a stream begins later than the other is told in ticks of the movie's clock: both SAMPLE_RATE and CLOCK divide it
+CLOCK = 90000  # ticks per second of the frames' time stamps
+# the delay of the later stream is stored in ticks of the movie's clock, so SAMPLE_RATE and CLOCK must both divide it
 CONTAINER = {"movflags": "+faststart", "movie_timescale": "720000"}
-SILENT = -60.0  # dBFS; below this loudness a track counts as silent
-STILL = 0.05  # mean change of a pixel between frames, of 255; below this a video counts as a still picture
-THUMBNAIL = 32  # pixels a side, of the pictures that motion is measured on
+SILENT = -60.0  # dBFS; a track below this loudness counts as silent
+STILL = 0.05  # mean change of a pixel between frames, of 255; a video below this counts as a still picture
+THUMBNAIL = 32  # pixels; side of the thumbnails on which motion is measured
 
 MediaError = (av.error.FFmpegError, ValueError)
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -38,7 +38,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is in a video: times in seconds, rates in Hz, sizes in pixels of the prepared file (or of the raw one)."""
+    """Facts about a prepared (or raw) video: times in seconds, rates in Hz, sizes in pixels."""
 
     duration: float
     frames: int
@@ -49,24 +49,24 @@ class Facts:
     loudness: float  # dBFS, root mean square of the whole track; -inf without sound
     motion: float  # mean absolute change of a pixel from frame to frame, of 255, at 32 x 32
     still: bool
-    declared: float  # seconds of video that the raw file says it has; 0: it does not say
-    shift: float  # time in the raw file at which the prepared one's clock begins
+    declared: float  # duration of the video in the raw file's header; 0: not declared
+    shift: float  # time in the raw file at which the prepared file's clock begins
 
 
 def transcode(
     source: str | os.PathLike, target: str | os.PathLike, *, short_side: int = 256, fps: float | None = None
 ) -> Facts:
-    """Write `target`, an mp4 file with what is in `source`; whole or not at all.
+    """Transcode `source` to the mp4 file `target`, which is written completely or not at all.
 
-    The short side is at most `short_side` pixels and both are even; a rotation in the metadata is carried out. H.264
-    with closed groups of `GOP` frames, most of them ones that no other refers to, tuned for fast decoding; FLAC, mono,
-    16 kHz, 16 bits. Both streams keep their places in time relative to each other, and the earlier one starts at 0: a
-    moment t of the raw file is t - `shift` in the prepared one. Frames keep their times; with `fps` (Hz) they are the
-    nearest ones to times that far apart. The last one is held as long as in the raw file.
+    The short side is at most `short_side` pixels and both sides are even; rotation in the metadata is applied. Video is
+    H.264 in closed groups of `GOP` frames, most of them not referenced, tuned for fast decoding; audio is FLAC, mono,
+    16 kHz, 16 bits. The streams keep their relative position in time and the earlier one starts at 0, so time t in the
+    raw file is t - `shift` in the prepared one. Frames keep their times; with `fps` (Hz), the frames nearest to
+    regularly spaced times are used. The last frame is shown as long as in the raw file.
 
     Raises:
-        DecodeError: no video in it that can be decoded.
-        UserError: the target cannot be written, which is not the raw file's fault.
+        DecodeError: the source has no video that can be decoded.
+        UserError: the target cannot be written, for a reason other than the raw file.
     """
     target = Path(target)
     building = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -88,7 +88,7 @@ def transcode(
 
 
 def inspect(source: str | os.PathLike) -> Facts:
-    """The facts on a file as it is, by decoding all of it; DecodeError where that cannot be done."""
+    """Return the facts about a raw file by decoding all of it. Raises DecodeError if that fails."""
     with VideoFile(source) as file:
         info, motion, times, end = file.info.video, _Motion(), [], -math.inf
         for time, frame in file.frames():
@@ -130,7 +130,7 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
         reformatter = av.video.reformatter.VideoReformatter()
         for time, frame in _at_rate(_all(first, frames), fps):
             tick = round((time - shift) * CLOCK)
-            if tick <= last_tick:  # two frames at one time: the first stays
+            if tick <= last_tick:  # of two frames at one time, keep the first
                 continue
             rgb = reformatter.reformat(
                 frame, width=stored[0], height=stored[1], format="rgb24", interpolation="AREA"
@@ -142,7 +142,7 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
             times.append(tick / CLOCK)
             last_tick, held = tick, 1 / fps if fps else _held(frame)
         rest = video.encode(None)
-        if held:  # by the last packet, whichever picture is in it: of the others the muxer takes what follows
+        if held:  # set on the last packet, whatever frame it holds: the muxer derives the others from what follows
             end = max(packet.pts for packet in rest) + round(held / rest[-1].time_base)
             rest[-1].duration = end - rest[-1].pts
         out.mux(rest)
@@ -152,12 +152,12 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
 
 
 def _held(frame: "av.VideoFrame") -> float:
-    """Seconds for which a frame is shown by its file; 0: it does not say."""
+    """Return a frame's duration in seconds; 0: not declared."""
     return float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
 
 
 def prepared_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height in pixels, even, of a picture whose short side is to be at most so long."""
+    """Return even width and height in pixels, with a short side of at most `short_side`."""
     scale = min(1.0, short_side / min(width, height))
     return tuple(max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (width, height))
 
@@ -168,7 +168,7 @@ def _all(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:
 
 
 def _at_rate(frames: Iterator[tuple], fps: float | None) -> Iterator[tuple]:
-    """The frames as they are, or at start + i / fps the one nearest to that time (of two equally near, the earlier)."""
+    """Yield the frames unchanged, or those nearest to start + i / fps (the earlier of two equally near)."""
     if fps is None:
         yield from frames
         return
@@ -183,7 +183,7 @@ def _at_rate(frames: Iterator[tuple], fps: float | None) -> Iterator[tuple]:
 
 
 def _with_end(frames: Iterator[tuple]) -> Iterator[tuple]:
-    """The frames, and then None at the last moment at which the last one is shown."""
+    """Yield the frames, then None at the last moment at which the last frame is shown."""
     time, frame = 0.0, None
     for time, frame in frames:
         yield time, frame
@@ -192,7 +192,7 @@ def _with_end(frames: Iterator[tuple]) -> Iterator[tuple]:
 
 
 def _sound(file: VideoFile) -> tuple[np.ndarray, str]:
-    """The whole track at `SAMPLE_RATE`, float32 (samples,), and what it is; empty where there is none to use."""
+    """Return the whole track at `SAMPLE_RATE`, float32 (samples,), empty if not usable, and its kind."""
     if file.info.audio is None:
         return np.empty(0, np.float32), "none"
     try:
@@ -217,7 +217,7 @@ def _add_audio(out: "av.container.OutputContainer") -> "av.audio.stream.AudioStr
 def _write_audio(
     out: "av.container.OutputContainer", track: "av.audio.stream.AudioStream", waveform: np.ndarray, first: int
 ) -> None:
-    """Encode a waveform whose first sample has the time `first`, in samples."""
+    """Encode a waveform that starts at time `first`, in samples."""
     samples = np.round(waveform * 32767).astype(np.int16)
     for at in range(0, len(samples), AUDIO_FRAME):
         frame = av.AudioFrame.from_ndarray(samples[None, at : at + AUDIO_FRAME], format="s16", layout="mono")
@@ -227,14 +227,14 @@ def _write_audio(
 
 
 class _Motion:
-    """The mean change from frame to frame, on small grey pictures."""
+    """Mean change from frame to frame, measured on gray thumbnails."""
 
     def __init__(self) -> None:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._before, self._sum, self._count = None, 0.0, 0
 
     def see(self, time: float, frame: "av.VideoFrame") -> float:
-        """Count a frame, and give its time back."""
+        """Add a frame and return its time."""
         small = self._reformatter.reformat(
             frame, width=THUMBNAIL, height=THUMBNAIL, format="gray", interpolation="AREA"
         ).to_ndarray()

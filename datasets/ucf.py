@@ -11,12 +11,12 @@ HELP = "expected UCF-101 as published: videos/<Class>/*.avi (or UCF-101/) and uc
 
 
 def list_videos(dataset: dict, split: str) -> VideoList:
-    """The videos of one published list, such as `trainlist01`, or by `trainlist{fold:02d}` the one of `dataset.fold`.
+    """List the videos of a published list: `trainlist01`, or `trainlist{fold:02d}` for the one of `dataset.fold`.
 
-    The class of a video is its folder's, since test lists carry no label. Labels follow classInd.txt.
+    A video's class is that of its folder, since test lists have no labels. Labels follow classInd.txt.
 
     Raises:
-        UserError: another split, or lists or videos are not where they should be.
+        UserError: the split is unknown, or lists or videos are not in their place.
     """
     root = Path(dataset["root"])
     lists = root / "ucfTrainTestlist"
@@ -37,7 +37,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
 
 def _classes(file: Path) -> list[str]:
-    """Class names in the order of their numbers."""
+    """Read the class names in the order of their numbers."""
     rows = [line.split(maxsplit=1) for line in read_list(file, HELP)]
     bad = next((row for row in rows if len(row) < 2 or not row[0].isdecimal()), None)
     if bad is not None:

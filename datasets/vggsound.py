@@ -19,13 +19,14 @@ Clip = tuple[str, int]
 
 
 def list_videos(dataset: dict, split: str) -> VideoList:
-    """The files of folder `train` or `test`; `train_subset` is a part of `train`.
+    """List the files of folder `train` or `test`; `train_subset` is a subset of `train`.
 
-    The subset is what the file `dataset.list` names, else 50,000 videos by a fixed rule (the smallest SHA-256 of id and
-    start), else, with fewer, all of them. Labels come from vggsound.csv; a video that it does not list has label -1.
+    The subset holds the videos named in the file `dataset.list`. Without it, these are the 50,000 videos with the
+    smallest SHA-256 of id and start, or all if there are fewer. Labels come from vggsound.csv; -1: not listed.
 
     Raises:
-        UserError: another split, no such folder or no video in it, or a list that cannot be read or names none of them.
+        UserError: the split is unknown, the folder is missing or holds no video, or the list cannot be read or matches
+            no video.
     """
     root = Path(dataset["root"])
     folders = {"train": "train", "train_subset": "train", "test": "test"}
@@ -47,7 +48,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
 
 
 def _names(root: Path, folder: str) -> list[str]:
-    """Names of the videos of a folder: from the manifest, else from the disk."""
+    """Return the names of a folder's videos, from the manifest or else from the disk."""
     manifest = manifest_of(root)
     if manifest is None:
         return find(root / folder)
@@ -56,9 +57,9 @@ def _names(root: Path, folder: str) -> list[str]:
 
 
 def find(folder: Path) -> list[str]:
-    """Names of the mp4 files right below a folder, in their order; none where there is no folder.
+    """Find the mp4 files directly in a folder, sorted by name; empty if the folder does not exist.
 
-    Those that begin with a dot are left out: what a download that was killed has left, macOS' companions of files.
+    Names that begin with a dot are skipped: leftovers of killed downloads and macOS metadata files.
     """
     if not folder.is_dir():
         return []
@@ -68,9 +69,9 @@ def find(folder: Path) -> list[str]:
 
 
 def parse_name(name: str) -> Clip:
-    """A file's YouTube id and start second: `--0PQM4-hqg_000030.mp4` is ('--0PQM4-hqg', 30).
+    """Parse a file name into YouTube id and start second: `--0PQM4-hqg_000030.mp4` is ('--0PQM4-hqg', 30).
 
-    A name of another form is an id of its own, with start -1: it can be trained on, and has no label.
+    Any other name is used as the id, with start -1: the video can be used for training but has no label.
     """
     stem = name.removesuffix(".mp4")
     video, _, start = stem.rpartition("_")
@@ -90,15 +91,15 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
     if not kept:
         raise UserError(f"dataset.list: {list_file}: none of its {len(wanted)} videos is there")
     if len(kept) < len(wanted):
-        log.info("dataset.list: %s: of its %d videos %d are there", list_file, len(wanted), len(kept))
+        log.info("dataset.list: %s: of its %d videos, %d were found", list_file, len(wanted), len(kept))
     return kept
 
 
 def read_labels(file: Path, clips: list[Clip]) -> tuple[list[int] | None, list[str]]:
-    """The label of each clip by vggsound.csv, -1 where it has none, and the classes; None without the file.
+    """Read each clip's label (-1: none) and the classes from vggsound.csv; without the file, labels are None.
 
     Raises:
-        UserError: it cannot be read, or has rows of another form.
+        UserError: the file cannot be read, or has malformed rows.
     """
     if not file.is_file():
         return None, []

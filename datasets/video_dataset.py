@@ -1,4 +1,4 @@
-"""A list of videos -> samples: which clip comes when, how it is cut, what happens when a file is bad."""
+"""Samples from a list of videos: the order of clips, how they are cut, and how bad files are handled."""
 
 import gc
 import hashlib
@@ -29,13 +29,13 @@ from utils.errors import UserError
 from utils.memory import give_back_freed_memory, keep_freed_memory
 from utils.processes import cores
 
-MAX_ATTEMPTS = 10  # videos tried for one sample before the run is told that none could be read
+MAX_ATTEMPTS = 10  # videos tried for one sample before it is returned with failures only
 
 
 class VideoList:
-    """Videos below one root, with labels where there are any. Names lie in one block of shared memory.
+    """Videos below one root, with optional labels. Names are stored in one block of shared memory.
 
-    A Python list of names would be copied page by page into every worker, since reading one changes its counter.
+    A Python list of names would be copied page by page into every worker, since reading changes reference counts.
     """
 
     def __init__(
@@ -57,26 +57,26 @@ class VideoList:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """The video's path relative to the root."""
+        """Return a video's path relative to the root."""
         return os.fsdecode(self._names[index].numpy().tobytes().rstrip(b"\0"))
 
     def names(self) -> list[str]:
-        """All names, in order."""
+        """Return all names in order."""
         return [self.name(index) for index in range(len(self))]
 
     def path(self, index: int) -> Path:
-        """The video's path."""
+        """Return a video's path."""
         return self.root / self.name(index)
 
     def subset(self, rows: Sequence[int]) -> "VideoList":
-        """The videos of these rows, as a list of their own."""
+        """Return a new list of the videos in `rows`."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         names = [self.name(row) for row in rows.tolist()]
         return VideoList(self.root, names, self.labels[rows].numpy(), self.classes)
 
     @property
     def fingerprint(self) -> str:
-        """Says whether two runs mean the same videos by the same numbers. The root does not matter."""
+        """Hash of all names in order, without the root, to compare the lists of two runs."""
         digest = hashlib.sha256(str(tuple(self._names.shape)).encode())
         digest.update(self._names.numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -88,7 +88,7 @@ class VideoList:
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """How a sample is cut from a video. Lengths in seconds, rates in Hz, sizes in pixels; see `from_config`."""
+    """How a sample is cut from a video. Durations in seconds, rates in Hz, sizes in pixels; see `from_config`."""
 
     video_seconds: float
     video_fps: float
@@ -100,14 +100,14 @@ class ClipRecipe:
     aspect: tuple[float, float]
     color: tuple[float, ...]
     augment: bool
-    audio_seconds: float = 0.0  # 0: no sound is used
+    audio_seconds: float = 0.0  # 0: no sound
     sample_rate: int = 0
     spec_params: dict = field(default_factory=dict, hash=False)
     tfmask_params: dict = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_config(cls, dataset: dict, augment: bool) -> "ClipRecipe":
-        """The recipe of a configuration's `dataset` section; an evaluation's has no sound."""
+        """Create the recipe from a configuration's `dataset` section; an evaluation's has no sound."""
         sound = {}
         if "audio_srate" in dataset:
             sound = {
@@ -132,7 +132,7 @@ class ClipRecipe:
 
     @property
     def num_frames(self) -> int:
-        """Frames in a clip."""
+        """Number of frames in a clip."""
         return max(1, round(self.video_seconds * self.video_fps))
 
     @property
@@ -142,23 +142,23 @@ class ClipRecipe:
 
     @property
     def num_spectrogram_frames(self) -> int:
-        """Time frames in a clip's spectrogram."""
+        """Number of time frames in a clip's spectrogram."""
         samples = round(self.audio_seconds * self.sample_rate)
         return num_spectrogram_frames(samples, self.spec_params["n_fft"], self.spec_params["hop_length"])
 
 
 def epoch_order(num_videos: int, clips_per_video: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The video of each position in an epoch: int64 (num_videos * clips_per_video,), each video equally often."""
+    """Return the video at each position of an epoch, each equally often: int64 (num_videos * clips_per_video,)."""
     order = np.tile(np.arange(num_videos), clips_per_video)
     return np.random.default_rng((seed, epoch)).permutation(order) if shuffle else order
 
 
 class TrainingClips(Dataset):
-    """Random clips for training, one for each (epoch, position). What a position holds depends on the seed alone.
+    """Random clips for training. Keys are (epoch, position); the sample of a key depends only on the seed.
 
-    With `pairs` a sample is two clips of one video and no sound (VICReg-Video), else a clip and its sound. A video that
-    cannot be decoded is replaced by one about half an epoch further on, and named in the sample's `failures`. With
-    `decoded` each video is decoded once.
+    A sample is a clip and its sound or, with `pairs`, two clips of a video without sound (VICReg-Video). A video that
+    cannot be decoded is replaced by one about half an epoch later and listed in the sample's `failures`. With
+    `decoded`, each video is decoded only once.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class TrainingClips(Dataset):
         return len(self.videos) * self.clips_per_video
 
     def order(self, epoch: int) -> np.ndarray:
-        """The video of each position in this epoch."""
+        """Return the video at each position of this epoch."""
         if self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.videos), self.clips_per_video, self.seed, epoch)
         return self._order[1]
@@ -209,7 +209,7 @@ class TrainingClips(Dataset):
                 starts = sampling.audio_visual(
                     file.span("video"), file.span("audio"), self.recipe.video_seconds, self.recipe.audio_seconds, rng
                 )
-                # the sound first: it mostly begins earlier, and only an unread file is still at its first packet
+                # sound first: it mostly begins earlier, and only an unread file is still at its first packet
                 sample["waveform"] = read_waveform(file, starts[1], self.recipe)
                 sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
                 sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng)
@@ -231,10 +231,10 @@ class TrainingClips(Dataset):
 
 
 class EvenClips(Dataset):
-    """`windows` clips evenly over each video, each with its sound in the middle of which it lies: for measuring.
+    """Evaluation clips: `windows` per video, evenly spaced, each centred in its audio clip.
 
-    A sample holds frames (windows, T, H, W, 3) and waveforms (windows, L); a video that cannot be decoded answers only
-    `index` and `failures`. With `decoded` each video is decoded once.
+    A sample holds frames (windows, T, H, W, 3) and waveforms (windows, L); a video that cannot be decoded gives only
+    `index` and `failures`. With `decoded`, each video is decoded only once.
     """
 
     def __init__(
@@ -263,17 +263,17 @@ class EvenClips(Dataset):
 
 
 def open_video(videos: VideoList, index: int, decoded: DecodedVideos | None) -> VideoFile | DecodedFile:
-    """A video as a context manager that clips are read of. Raises DecodeError where it cannot be opened."""
+    """Open a video for reading clips, as a context manager. Raises DecodeError if it cannot be opened."""
     return VideoFile(videos.path(index)) if decoded is None else decoded.open(videos.root, videos.name(index))
 
 
 def read_frames(
     file: VideoFile | DecodedFile, start: float, recipe: ClipRecipe, rng: np.random.Generator | None = None
 ) -> torch.Tensor:
-    """A clip's frames, cropped and resized: uint8 (T, crop_size, crop_size, 3).
+    """Read a clip's frames, cropped and resized: uint8 (T, crop_size, crop_size, 3).
 
-    With `rng` the crop is random, by `transforms`; else the frames are resized to frame_size x frame_size (their aspect
-    is not kept) and cropped in the centre.
+    With `rng`, the crop is random as set by `transforms`. Otherwise, the frames are resized to frame_size x frame_size
+    (without keeping the aspect ratio) and centre-cropped.
     """
     window = {"video_start": start, "video_seconds": recipe.video_seconds, "fps": recipe.video_fps}
     if rng is None or recipe.transforms != "msc+color":
@@ -284,7 +284,7 @@ def read_frames(
 
 
 def cut_out(frames: torch.Tensor, recipe: ClipRecipe, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """The crop of decoded frames (T, H, W, 3) that `read_frames` takes."""
+    """Crop and resize decoded frames (T, H, W, 3) as `read_frames` does."""
     size = recipe.crop_size
     height, width = frames.shape[1:3]
     if rng is not None and recipe.transforms == "msc+color":
@@ -300,21 +300,21 @@ def _random_box(height: int, width: int, recipe: ClipRecipe, rng: np.random.Gene
 
 
 def _mode(recipe: ClipRecipe) -> str:
-    """How a random crop is resized."""
+    """Return the resizing mode for random resized crops."""
     return "bilinear" if recipe.resize == "bilinear" else "bilinear-plain"
 
 
 def read_waveform(file: VideoFile | DecodedFile, start: float, recipe: ClipRecipe) -> torch.Tensor:
-    """A clip's sound: float32 (audio_seconds * sample_rate,), mono, in [-1, 1]."""
+    """Read a clip's sound: float32 (audio_seconds * sample_rate,), mono, in [-1, 1]."""
     clip = file.read(audio_start=start, audio_seconds=recipe.audio_seconds, sample_rate=recipe.sample_rate)
     return torch.from_numpy(clip.waveform)
 
 
 def read_list(file: Path, help_text: str) -> list[str]:
-    """The lines of a published list that hold something. Bytes that are not UTF-8 survive, as in file names.
+    """Read the non-blank lines of a published list. Bytes that are not UTF-8 are kept, as in file names.
 
     Raises:
-        UserError: the file is not there; `help_text` says what was expected.
+        UserError: the file does not exist; `help_text` says what was expected.
     """
     try:
         lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -324,11 +324,11 @@ def read_list(file: Path, help_text: str) -> list[str]:
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, position) keys for one rank, starting anywhere in an epoch, of one epoch or several on end.
+    """Batches of (epoch, position) keys for one rank, over one or more epochs, starting anywhere in the first.
 
-    A global batch is `batch_size` consecutive positions, cut into `accumulate` micro-batches, each of which is split
-    among the ranks. So W processes together see exactly the batches that one process sees, except for the last, smaller
-    one without `drop_last`, of which only as many clips are taken as divide evenly.
+    A global batch is `batch_size` consecutive positions, cut into `accumulate` micro-batches that are each split among
+    the ranks. So W processes together see exactly the batches of a single process, except for the smaller last batch
+    without `drop_last`, which is truncated to divide evenly.
     """
 
     def __init__(
@@ -352,18 +352,18 @@ class EpochBatches(Sampler):
 
     @property
     def steps(self) -> int:
-        """Global batches in an epoch."""
+        """Number of global batches in an epoch."""
         return len(self.sizes)
 
     @property
     def micro_batch_size(self) -> int:
-        """Clips of one forward pass on one rank; in a short last batch there are fewer."""
+        """Clips per forward pass and rank; fewer in a short last batch."""
         return self.sizes[0] // (self.accumulate * self.world_size)
 
     def start_at(self, epoch: int, step: int = 0, epochs: int = 1) -> None:
-        """Let the next pass be of so many epochs, from this step of this one on.
+        """Set the next pass to cover `epochs` epochs, starting at `step` of `epoch`.
 
-        In a pass of several, workers load the next epoch's first batches while the last ones are trained on.
+        In a pass over several epochs, workers load an epoch's first batches during the last steps of the previous one.
         """
         self.epoch, self.first_step, self.epochs = epoch, step, epochs
 
@@ -380,21 +380,21 @@ class EpochBatches(Sampler):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack the samples of a batch; `failures` are joined.
+    """Stack the samples of a batch and join their `failures`.
 
-    If a sample holds nothing but failures, so does the batch: a batch is whole or not there.
+    If any sample holds only failures, so does the batch: there are no partial batches.
     """
     batch = {"failures": [failure for sample in samples for failure in sample["failures"]]}
     if any("frames" not in sample for sample in samples):
         return batch
     for key in samples[0].keys() - {"failures"}:
-        # PyTorch's own: in a worker it stacks in shared memory, which saves a copy of the frames
+        # default_collate stacks in shared memory in a worker, which saves a copy of the frames
         batch[key] = default_collate([torch.as_tensor(sample[key]) for sample in samples])
     return batch
 
 
 def collate_readable(samples: list[dict]) -> dict:
-    """As `collate`, without the samples that could not be decoded: for measuring, where nothing takes their place."""
+    """Like `collate`, but skip samples that could not be decoded. For evaluation, where they are not replaced."""
     failures = [failure for sample in samples for failure in sample["failures"]]
     readable = [sample for sample in samples if "frames" in sample]
     return (collate(readable) if readable else {}) | {"failures": failures}
@@ -403,10 +403,10 @@ def collate_readable(samples: list[dict]) -> dict:
 def make_loader(
     dataset: Dataset, num_workers: int, device: torch.device | str = "cpu", **options: object
 ) -> DataLoader:
-    """A DataLoader with the settings that all of ours share; `options` go to it as they are.
+    """Create a DataLoader with the project's common settings; `options` are passed on to it.
 
-    Never more workers than cores that this process may use: they would only take them from each other. On Linux they
-    are forked, in a rank that was spawned and with Python 3.14 too: a fork shares what is imported, 225 MB a worker.
+    The number of workers is limited to the cores available to this process. On Linux, workers are always forked (also
+    in spawned ranks and with Python 3.14), since a fork shares imported modules, 225 MB per worker.
     """
     num_workers = min(num_workers, cores())
     options.setdefault("collate_fn", collate)
@@ -415,7 +415,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # its own: a loader must not advance the run's random numbers
+        generator=torch.Generator(),  # separate, so that the loader does not advance the global generator
         worker_init_fn=_begin_worker,
         multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
         **options,
@@ -423,12 +423,12 @@ def make_loader(
 
 
 def _begin_worker(number: int) -> None:
-    """What a worker does first, about memory and about signals.
+    """Set up a worker's memory and signal handling.
 
-    The garbage collector keeps off what a forked worker shares with its parent: its marks would copy every page. The
-    parent's habit of keeping freed memory is not the worker's, nor is what the parent had kept when it forked. Signals
-    that ask a run to stop are for the parent: Slurm and `timeout` send them to every process of a run, and the parent
-    needs its workers until it has saved.
+    The garbage collector must not touch memory shared with the parent, since its marks would copy every page. Unlike
+    the parent, the worker does not keep freed memory, and returns what the parent had kept when it forked. Signals that
+    stop a run are for the parent: Slurm and `timeout` send them to every process, but the parent needs its workers
+    until it has saved.
     """
     gc.freeze()
     keep_freed_memory(False)
@@ -440,7 +440,7 @@ def _begin_worker(number: int) -> None:
 
 
 def _leave_when_told_by_the_parent() -> None:
-    """End this worker on its own parent's SIGTERM, on no other; torch's handler would end it on any."""
+    """End this worker only on a SIGTERM from its parent; torch's handler would end it on any."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Decoded audio frames -> the mono samples of a clip, each at its time."""
+"""From decoded audio frames to the mono samples of a clip, aligned in time."""
 
 import math
 
@@ -7,16 +7,16 @@ import numpy as np
 
 from datasets.decoder_run import Run
 
-FILTER_MARGIN = 0.05  # seconds of audio on both sides that the resampling filter may look at
-JITTER = 0.005  # seconds by which audio time stamps may deviate before that is a gap or an overlap
-SAMPLES = {"s16": (np.int16, 2**15), "s32": (np.int32, 2**31), "flt": (np.float32, 1)}  # what is mixed here, full scale
+FILTER_MARGIN = 0.05  # seconds of audio on both sides for the resampling filter
+JITTER = 0.005  # seconds; audio time stamps that deviate more mark a gap or an overlap
+SAMPLES = {"s16": (np.int16, 2**15), "s32": (np.int32, 2**31), "flt": (np.float32, 1)}  # formats: dtype, full scale
 
 
 def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
-    """(time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate.
+    """Return (time, mono float32 samples) of a run's frames up to `stop` seconds, at the stream's own rate.
 
-    One and two channels are averaged here, others mixed by swresample, which takes longer than to decode them. Its
-    matrix is normalised, so that nothing clips, only where the output is not floating-point: mix to int32.
+    One or two channels are averaged here; others are mixed by swresample, which takes longer than decoding. Its matrix
+    is normalised to avoid clipping only if the output is not floating-point, so they are mixed to int32.
     """
     pieces, resamplers = [], {}
     for time, frame in run:
@@ -26,7 +26,7 @@ def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
         if kind[0].removesuffix("p") in SAMPLES and kind[1] in ("mono", "stereo") and kind[2] == run.sample_rate:
             pieces.append((time, _mean_of_channels(frame)))
             continue
-        if kind not in resamplers:  # streams may change from mono to stereo on the way
+        if kind not in resamplers:  # streams may change from mono to stereo
             resamplers[kind] = av.AudioResampler("s32p", "mono", run.sample_rate)
         frame.pts = None
         for mono in resamplers[kind].resample(frame):
@@ -36,7 +36,7 @@ def mono_pieces(run: Run, stop: float) -> list[tuple[float, np.ndarray]]:
 
 
 def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
-    """Float32 samples of a frame in one of the formats of `SAMPLES`; floating-point ones may be anything, NaN too."""
+    """Average a frame in a format of `SAMPLES` to float32. Floating-point input may hold any value, even NaN."""
     kind, full_scale = SAMPLES[frame.format.name.removesuffix("p")]
     count, width = frame.samples, frame.layout.nb_channels
     if frame.format.is_planar:
@@ -50,11 +50,11 @@ def _mean_of_channels(frame: av.AudioFrame) -> np.ndarray:
 
 
 def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float, np.ndarray]]:
-    """Pieces that follow each other as one piece each, where its time stamps agree best.
+    """Join consecutive pieces, and place each result where its time stamps agree best.
 
-    Many containers round time stamps, Matroska to milliseconds: a piece that starts within `JITTER` of where the one
-    before ended continues it. Each stamp implies a start of the whole, rounded up or down: it starts midway between the
-    extremes of these, but for the odd outlier.
+    Many containers round time stamps, Matroska to milliseconds. So a piece that starts within `JITTER` of the previous
+    one's end continues it. Each stamp implies a start of the joined piece, rounded up or down; the result is midway
+    between their extremes, without outliers.
     """
     groups, length = [], 0
     for time, samples in pieces:
@@ -69,16 +69,16 @@ def _join(pieces: list[tuple[float, np.ndarray]], rate: int) -> list[tuple[float
 
 
 def end_of(pieces: list[tuple[float, np.ndarray]], native: int) -> float:
-    """Where the last of some pieces at `native` Hz ends, seconds."""
+    """Return where the last of the pieces at `native` Hz ends, in seconds."""
     time, samples = _join(pieces, native)[-1]
     return time + len(samples) / native
 
 
 def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate: int, length: int) -> np.ndarray:
-    """`length` samples at `rate` Hz from `start` seconds on, from -1 to 1; zeros where there is no piece or no number.
+    """Cut `length` samples at `rate` Hz, starting at `start` seconds, in [-1, 1]; zeros for gaps and NaN.
 
-    Output samples lie at whole multiples of 1 / rate on the file's clock, wherever the clip starts. To that end the
-    track handed to the resampler starts where a sample of the file and one of the output coincide.
+    Output samples lie at whole multiples of 1 / rate on the file's clock, wherever the clip starts. Therefore, the
+    resampler's input starts where a sample of the file and one of the output coincide.
     """
     block = native // math.gcd(native, rate)
     begin = math.floor((start - FILTER_MARGIN) * native / block) * block
@@ -93,7 +93,7 @@ def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate:
             track[at + trim : at + trim + len(part)] = part
             filled = at + trim + len(part)
     np.clip(track, -1, 1, out=track)
-    track[np.isnan(track)] = 0  # else the filter would spread it
+    track[np.isnan(track)] = 0  # before the filter can spread it
     if rate != native:
         track = _resample(track, native, rate)
     skip = round(start * rate) - begin * rate // native
@@ -101,8 +101,8 @@ def cut(pieces: list[tuple[float, np.ndarray]], native: int, start: float, rate:
 
 
 def _resample(track: np.ndarray, native: int, rate: int) -> np.ndarray:
-    """A mono track at another rate, and a little more; sample 0 keeps its time."""
-    track = np.pad(track, (0, 64 * -(-native // rate)))  # of less than its filter's length swresample answers nothing
+    """Resample a mono track, with a few extra samples at the end; sample 0 keeps its time."""
+    track = np.pad(track, (0, 64 * -(-native // rate)))  # swresample returns nothing for less than its filter's length
     frame = av.AudioFrame.from_ndarray(track[None], format="fltp", layout="mono")
     frame.sample_rate = native
     resampler = av.AudioResampler("fltp", "mono", rate)

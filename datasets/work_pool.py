@@ -1,4 +1,4 @@
-"""Worker processes that may crash or hang: each costs the file it was at, not the run."""
+"""Worker processes that may crash or hang without ending the run: only the current file is lost."""
 
 import multiprocessing
 import time
@@ -12,20 +12,19 @@ from utils.processes import end_with_parent
 
 Job = tuple[str, tuple]
 CRASHED, TOO_LONG = "the decoder crashed", "not done within"
-TRY_AGAIN = (CRASHED, TOO_LONG)  # the file may be innocent: memory ran out, or the machine was busy
+TRY_AGAIN = (CRASHED, TOO_LONG)  # not always the file's fault: memory may have run out, or the machine was busy
 
 
 def run_jobs(
     jobs: Sequence[Job], workers: int, time_limit: float, do: Callable | None = None
 ) -> Iterator[tuple[str, Facts | str]]:
-    """Do jobs, (name, arguments of `do_job`), and give (name, facts or why there are none) as they end, in any order.
+    """Run jobs, (name, arguments of `do`), and yield (name, facts or error message) as they finish, in any order.
 
-    `do`: another function in place of `do_job`.
-
-    A worker that dies, or is at one job for more than `time_limit` seconds, is replaced; the job's outcome says so.
+    A worker that dies or exceeds `time_limit` seconds for one job is replaced, and the job's outcome says so. `do` is
+    `do_job` by default.
 
     Raises:
-        UserError: nothing can be written.
+        UserError: the outputs cannot be written.
     """
     todo = list(reversed(jobs))
     pool = [_Worker(do or do_job) for _ in range(min(workers, len(jobs)))]
@@ -33,7 +32,7 @@ def run_jobs(
         while True:
             for i, worker in enumerate(pool):
                 if worker.name is None and todo:
-                    if not worker.process.is_alive():  # killed from outside while it had nothing to do
+                    if not worker.process.is_alive():  # killed from outside while idle
                         pool[i] = worker = _Worker(do or do_job)
                     worker.give(*todo.pop())
             busy = [worker for worker in pool if worker.name is not None]
@@ -57,9 +56,9 @@ def run_jobs(
 
 
 def do_job(source: object, target: object, short_side: int, fps: float | None) -> Facts | str | UserError:
-    """Prepare one video, or without a target only look at it; the facts, or what is wrong with it in words.
+    """Prepare a video, or only inspect it if `target` is None. Returns the facts or an error message.
 
-    A UserError is what stops the run, such as a full disk.
+    A UserError is returned for what must stop the run, such as a full disk.
     """
     try:
         if target is None:
@@ -88,7 +87,7 @@ class _Worker:
         self.pipe.send(arguments)
 
     def outcome(self, time_limit: float) -> Facts | str | UserError | None:
-        """What became of the job; None while it goes on."""
+        """Return the outcome of the job; None while it is running."""
         try:
             if self.pipe.poll():
                 result, self.name = self.pipe.recv(), None
@@ -107,7 +106,7 @@ class _Worker:
         return f"{name}: asked for: all of it; found: {reason}"
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process and wait for it."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -119,5 +118,5 @@ def _serve(pipe: Connection, do: Callable) -> None:
     while True:
         try:
             pipe.send(do(*pipe.recv()))
-        except (EOFError, OSError):  # the run was ended
+        except (EOFError, OSError):  # the run has ended
             return
