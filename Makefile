@@ -1,5 +1,5 @@
-# make demo: make the demo data set, pre-train on it with xID and with VICReg, measure, show.  make test: run the tests.  Both set up .venv first.
-# make test-notebooks: run the notebooks, with requirements-notebooks.txt added to .venv.
+# make demo: create the demo data set, pre-train on it with xID and VICReg, evaluate, report.  make test: run the tests.  Both set up .venv first.
+# make test-notebooks: add requirements-notebooks.txt to .venv and run the notebooks.
 
 PYTHON ?= python3
 VENV := .venv

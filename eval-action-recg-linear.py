@@ -1,12 +1,12 @@
-"""Linear classification: how well do frozen features tell actions apart? (UCF-101, HMDB-51; few-shot; unseen concepts)
+"""Train linear action classifiers on frozen features (UCF-101, HMDB-51; few-shot; unseen concepts).
 
     python3 eval-action-recg-linear.py configs/demo/linear.yaml configs/demo/xid.yaml
     python3 eval-action-recg-linear.py configs/ucf/8at16-linear.yaml configs/VGGSound-N1024.yaml --set dataset.root=DIR
     ... --few-shot-ratio 0.2 --use-rest-classes       ... --checkpoint FILE       ... --random-weights
 
 Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. Every process computes features of
-its share of the clips; the first one trains the classifiers on all of them, so their number changes nothing.
-Asked to stop (SIGTERM, SIGUSR1), it ends at the next batch, and with --resume goes on from the last epoch it saved.
+its share of the clips and rank 0 trains the classifiers on all of them, so results do not depend on the number of
+processes. On SIGTERM or SIGUSR1 it stops at the next batch; with --resume it continues from the last saved epoch.
 """
 
 import argparse
@@ -43,15 +43,15 @@ def main() -> None:
     args = evaluation_parser(__doc__).parse_args()
     cfg, model_cfg = evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py")
     if cfg["encoder_bn"] == "train" and cfg["feature_views"]:
-        raise UserError("encoder_bn: train: the encoder then changes with every step, which needs feature_views: 0")
+        raise UserError("encoder_bn: train changes the encoder in every step; set feature_views: 0")
     for pooling in cfg["model"]["args"]["pooling_ops"]:
-        build_pooling(pooling)  # a bad one ends it before any work
+        build_pooling(pooling)  # fail early if one is invalid
     launch(evaluate, args, args, cfg, model_cfg)
 
 
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
-    """One process of the evaluation: every fold, and their mean."""
-    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
+    """Run one process of the evaluation: all folds and their mean."""
+    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
@@ -96,7 +96,7 @@ def evaluate_fold(
     stage("Features")
     num_epochs, num_quick = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
     num_final, num_dense = evaluation.final_clips(cfg)
-    num_random = max(num_quick, num_final)  # made once; a test of fewer takes the first of them
+    num_random = max(num_quick, num_final)  # computed once; a test with fewer clips takes the first ones
     in_final_test = [*range(num_final), *range(num_random, num_random + num_dense)]
     views, tests = None, None
     if cfg["feature_views"]:
@@ -118,7 +118,7 @@ def evaluate_fold(
         if not views and probe.epoch < last_epoch:
             fresh = build_fresh_clips(cfg, data.train.subset(part.train), device)
         for epoch in range(probe.epoch, last_epoch):
-            torch.manual_seed(1_000_003 * cfg["seed"] + epoch)  # of dropout
+            torch.manual_seed(1_000_003 * cfg["seed"] + epoch)  # for dropout
             if views:
                 batches = stored_batches(cfg, part, views, epoch)
             else:
@@ -180,7 +180,7 @@ def clip_features(
     num_random: int = 0,
     num_dense: int = 0,
 ) -> ClipOutputs:
-    """Features of clips of every video (see `VideoClips`), kept in the cache unless the encoder drifts."""
+    """Features of clips of every video (see `VideoClips`), cached unless the encoder drifts."""
     chunk, precision = cfg["dataset"]["batch_size"], Precision(cfg["precision"], encoder.device).name
     meaning = {
         "encoder": encoder.hash,
@@ -200,9 +200,9 @@ def clip_features(
 
 
 def stored_batches(cfg: dict, part: Part, views: ClipOutputs, epoch: int) -> Iterator[tuple[dict, Tensor, float]]:
-    """An epoch's batches on rank 0, with one of the stored views at every position.
+    """Yield an epoch's batches on rank 0, with a random stored view at every position.
 
-    A batch is its features by name, its labels, and how much of the epoch, 0 to 1, went before.
+    A batch consists of features by name, labels, and the fraction of the epoch completed before it, 0 to 1.
     """
     if not is_main():
         return
@@ -227,7 +227,7 @@ def fresh_batches(
     stop: StopSignal,
     epoch: int,
 ) -> Iterator[tuple[dict, Tensor, float]]:
-    """As `stored_batches`, of features that all ranks make now."""
+    """Like `stored_batches`, with features that all ranks compute on the fly."""
     loader.batch_sampler.start_at(epoch)
     for step, batch in enumerate(stop.watch(loader)):
         features = encoder.training_features(batch, loader.dataset.recipe.clip_shape)

@@ -1,12 +1,12 @@
-"""Fine-tuning: the encoder and a classifier, trained together to tell actions apart (UCF-101, HMDB-51; few-shot).
+"""Fine-tune the encoder and a classifier for action recognition (UCF-101, HMDB-51; few-shot).
 
     python3 eval-action-recg.py configs/demo/finetune.yaml configs/demo/xid.yaml
     python3 eval-action-recg.py configs/ucf/8at16-fold1.yaml configs/VGGSound-N1024.yaml --set dataset.root=DIR
     ... --few-shot-ratio 0.1       ... --checkpoint FILE       ... --random-weights
 
-Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. BN takes its statistics over the
-batches of all processes, and every sample's randomness hangs on its place in the epoch: their number changes nothing.
-Asked to stop (SIGTERM, SIGUSR1), it saves at the next step, and with --resume goes on from there.
+Results go to <model_dir>/<name>/eval-<benchmark.name>/fold-<NN>/ of MODEL_CFG's run. BN statistics cover the batches
+of all processes, and a sample's randomness depends on its place in the epoch, so results do not depend on the number of
+processes. On SIGTERM or SIGUSR1 it saves at the next step; with --resume it continues from there.
 """
 
 import argparse
@@ -55,13 +55,13 @@ from utils.trial import try_compiled
 def main() -> None:
     args = evaluation_parser(__doc__).parse_args()
     cfg, model_cfg = evaluation.load_evaluation(args, "ClassificationWrapper", "eval-action-recg-linear.py")
-    build_pooling(cfg["model"]["args"]["pooling_op"])  # a bad one ends it before any work
+    build_pooling(cfg["model"]["args"]["pooling_op"])  # fail early if it is invalid
     launch(evaluate, args, args, cfg, model_cfg)
 
 
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
-    """One process of the evaluation: every fold, and their mean."""
-    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # mistakes in one end it at once
+    """Run one process of the evaluation: all folds and their mean."""
+    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
@@ -130,10 +130,10 @@ def fine_tune(
     writer: MetricsWriter,
     stop: StopSignal,
 ) -> Outcome | None:
-    """Train on the videos of one part, from the stored `state` on, and test. Rank 0 returns the outcome.
+    """Train on the videos of one part, resuming from `state` if given, and test. Rank 0 returns the outcome.
 
     Raises:
-        Preempted: it was asked to stop.
+        Preempted: the run was asked to stop.
     """
     precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
     data, schedule = cfg["dataset"], cfg["optimizer"]
@@ -141,7 +141,7 @@ def fine_tune(
     num_epochs = warmup + schedule["num_epochs"]
 
     def classify(batch: dict, keep: Tensor) -> Tensor:
-        """Logits of a training batch under a dropout, as `ClassificationWrapper.draw_dropout` draws it."""
+        """Logits of a training batch; `keep` is a dropout mask from `ClassificationWrapper.draw_dropout`."""
         with precision.autocast():
             return net(prepare(batch["frames"], batch["video_aug"]), keep)
 
@@ -152,12 +152,12 @@ def fine_tune(
         training = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict()}
         stored.save(part.name, epoch=epoch, step=step, warming=warming, failures=failures.names, **training)
 
-    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches but the last have one shape
+    torch.backends.cudnn.benchmark = True  # all batches except the last have the same shape
     start_epoch, start_step = 0, 0
     if state is not None:
         checkpoint.load_weights(model, state["model"], str(stored.file))
         precision.load_state_dict(state["scaler"])
-        start_epoch, start_step = state["epoch"], state.get("step", 0)  # older ones were stored between epochs alone
+        start_epoch, start_step = state["epoch"], state.get("step", 0)  # older states were only stored between epochs
     last_epoch = start_epoch if cfg["test_only"] else num_epochs
     if start_epoch < last_epoch:
         loader = build_fresh_clips(cfg, train, device)
@@ -168,7 +168,7 @@ def fine_tune(
         batches.start_at(start_epoch, start_step, last_epoch - start_epoch)
         stream = prefetch(loader, device)
     for epoch in range(start_epoch, last_epoch):
-        warming = epoch < warmup  # first the classifier alone, on a backbone in eval mode
+        warming = epoch < warmup  # first only the classifier, with the backbone in eval mode
         if epoch in (start_epoch, warmup):
             model.video_model.requires_grad_(not warming)
             optimizer = build_optimizer(schedule, model)
@@ -186,8 +186,8 @@ def fine_tune(
             has_clips, size = "frames" in batch, batches.size(step)
             rate = learning_rate(schedule, max(0, epoch - warmup), step / batches.steps)
             set_learning_rate(optimizer, rate)
-            count_rank(model, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
-            keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # the whole batch's, on every rank
+            count_rank(model, has_clips)  # a rank without clips runs a dummy: the others' BN waits for it
+            keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # for the whole batch, on every rank
             keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
             with for_batch(whole=has_clips and size == batches.size(0)):
                 if has_clips:
@@ -196,7 +196,7 @@ def fine_tune(
                 else:
                     with precision.autocast():
                         loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
-            loss = loss * world_size() / size  # whose mean over ranks, which DDP takes, is the mean over the batch
+            loss = loss * world_size() / size  # so that DDP's mean over ranks is the mean over the batch
             precision.backward(loss)
             precision.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -245,15 +245,16 @@ def test_logits(
     num_random: int,
     num_dense: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (videos, clips, classes) of the test videos that could be read, by all ranks, on rank 0; and which could.
+    """Compute logits of the test videos' clips (see `VideoClips`) on all ranks, gathered on rank 0.
 
-    The clips are those of `VideoClips`.
+    Returns:
+        Logits (videos, clips, classes) of the readable videos, and a bool mask of which videos are readable.
     """
     precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
 
     def forward(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
         with precision.autocast():
-            return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): its last batch is smaller
+            return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): the last batch is smaller
 
     model.eval()
     loader = build_video_clips(cfg, test, device, num_random=num_random, num_dense=num_dense)

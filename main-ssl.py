@@ -4,7 +4,7 @@
     python3 main-ssl.py configs/VGGSound-N1024.yaml --set dataset.root=DIR --multiprocessing-distributed
     torchrun --nproc_per_node=8 main-ssl.py configs/VGGSound-N1024.yaml --set dataset.root=DIR
 
-The same command again goes on where the run stopped.
+Run the same command again to resume where the run stopped.
 """
 
 import argparse
@@ -59,17 +59,17 @@ def main() -> None:
 
 
 def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
-    """One process of the run, from the data to the last checkpoint."""
+    """Run one process of the training, from the data to the last checkpoint."""
     folder = start_run(cfg, args.quiet)
     precision = Precision(cfg["precision"], device)
-    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches have one shape
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     stop = StopSignal()
 
     stage("Data")
     loader = build_training(cfg, device)
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
-    log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
+    log.info("an epoch has %d clips, in %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
     state = checkpoints.latest()
     if not cfg["test_only"]:
@@ -112,7 +112,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
 
     def held_out() -> Iterator[dict]:
-        """Batches of the held-out videos; they end the run's measuring, not the run, where it is asked to stop."""
+        """Yield batches of held-out videos; a request to stop ends the measurement, not the run."""
         return stop.watch(build_held_out(cfg, device, trained=videos), alone=True)
 
     monitor = Monitor(cfg, model, prepare, held_out, precision)
@@ -125,7 +125,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         prepare.video.compile(dynamic=False)
 
     def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embeddings of a batch, (N, D) each."""
+        """Return the two embeddings of a batch, (N, D) each."""
         with for_batch(whole=len(batch["index"]) == batches.micro_batch_size):
             video, audio = prepare(batch)
             with precision.autocast():
@@ -201,14 +201,14 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
 
 
 def bank_rows(cfg: dict, num_videos: int) -> int:
-    """Rows of the memory bank: one a video. `num_instances` in the YAML may be more; UserError where it is fewer."""
+    """Rows of the memory bank: one per video. `num_instances` in the YAML may be larger; UserError if smaller."""
     asked = cfg["loss"]["args"].get("num_instances")
     if asked is not None and asked < num_videos:
         raise UserError(
-            f"loss.args.num_instances: {asked} is fewer than the {num_videos} training videos found; leave it out"
+            f"loss.args.num_instances: {asked} is fewer than the {num_videos} training videos found; remove it"
         )
     if asked is not None and asked > num_videos:
-        log.info("loss.args.num_instances is %d; the bank has %d rows, one a video found", asked, num_videos)
+        log.info("loss.args.num_instances is %d; the bank has %d rows, one per video found", asked, num_videos)
     return num_videos
 
 

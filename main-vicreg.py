@@ -1,10 +1,10 @@
-"""Pre-train with VICReg: variance, invariance, covariance of embeddings of clips and their sound, or of two clips.
+"""Pre-train with VICReg (variance, invariance, covariance) on clips and their sound, or on two clips per video.
 
     python3 main-vicreg.py configs/demo/vicreg.yaml                              # a laptop: the demo data set
     python3 main-vicreg.py configs/VGGSound-VICReg.yaml --set dataset.root=DIR --multiprocessing-distributed
     torchrun --nproc_per_node=8 main-vicreg.py configs/VGGSound-VICReg-Video.yaml --set dataset.root=DIR
 
-The same command again goes on where the run stopped.
+Run the same command again to resume where the run stopped.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"
     if cfg["loss"]["name"] == "xID" or cfg["model"]["arch"] not in ("vicreg_wrapper", "vicreg_v_wrapper"):
         raise UserError(
-            f"{args.cfg}: main-vicreg.py trains a loss of embeddings alone, such as VICLoss, with arch vicreg_wrapper "
+            f"{args.cfg}: main-vicreg.py trains a loss on embeddings alone, such as VICLoss, with arch vicreg_wrapper "
             "or vicreg_v_wrapper; for xID see main-ssl.py"
         )
     if cfg["dataset"]["train"]["video_only"] != video_only:
@@ -63,16 +63,16 @@ def main() -> None:
         )
     if video_only and (cfg["monitor_every"] or cfg["test_only"]):
         raise UserError(
-            f"{args.cfg}: monitor_every and test_only measure retrieval of sound, which this run has none of"
+            f"{args.cfg}: monitor_every and test_only measure retrieval of sound, but this run has no sound"
         )
     launch(pretrain, args, args, cfg)
 
 
 def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
-    """One process of the run, from the data to the last checkpoint."""
+    """Run one process of the training, from the data to the last checkpoint."""
     folder = start_run(cfg, args.quiet)
     precision = Precision(cfg["precision"], device)
-    torch.backends.cudnn.benchmark = True  # choose kernels by timing: all batches have one shape
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     stop = StopSignal()
 
     stage("Data")
@@ -80,7 +80,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     loader = build_training(cfg, device, pairs=video_only)
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
-    log.info("an epoch is %d clips, %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
+    log.info("an epoch has %d clips, in %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
     state = checkpoints.latest()
     if not cfg["test_only"]:
@@ -122,7 +122,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     prepare = BatchPrep(cfg["dataset"], audio_stats, device)
 
     def held_out() -> Iterator[dict]:
-        """Batches of the held-out videos; they end the run's measuring, not the run, where it is asked to stop."""
+        """Yield batches of held-out videos; a request to stop ends the measurement, not the run."""
         return stop.watch(build_held_out(cfg, device, trained=videos), alone=True)
 
     monitor = Monitor(cfg, model, prepare, held_out, precision)
@@ -135,7 +135,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         prepare.video.compile(dynamic=False)
 
     def embed(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embeddings of a batch, (N, D) each."""
+        """Return the two embeddings of a batch, (N, D) each."""
         with for_batch(whole=len(batch["index"]) == batches.micro_batch_size):
             first, second = prepare(batch)
             with precision.autocast():

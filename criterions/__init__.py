@@ -1,12 +1,13 @@
-"""Losses of the pre-training methods. `build_criterion` makes one from the YAML's `loss` part.
+"""Losses of the pre-training methods. `build_criterion` builds one from the YAML's `loss` part.
 
-What a script expects of a loss: main-vicreg.py calls it with the two embeddings of a rank's clips, (N, D) each, and
-with how many epochs, and parts of one, the run has done; main-ssl.py with the embeddings, the videos' indices (N,) and
-the epoch. It answers a scalar whose mean over ranks, and whose gradients' mean, are the whole batch's
-(`utils.distributed.gather_with_grad`); whatever the autocast it computes in float32. A call leaves in `stats` 0-dim
-tensors on the device for the log, always the same ones; with `pos_cos`, `neg_cos`, `video_spread` and `audio_spread`
-(`criterions.stats`) among them the log warns of a collapse. Its buffers are stored and restored with the run; one
-that holds a part of them on each rank has a method `assemble`, which all ranks call before rank 0 saves.
+Interface of a loss: main-vicreg.py calls it with the two embeddings of a rank's clips, (N, D) each, and the number of
+epochs done, with fractions; main-ssl.py with the embeddings, the videos' indices (N,) and the epoch. It returns a
+scalar. The mean over ranks of this scalar, and of its gradients, are those of the whole batch
+(`utils.distributed.gather_with_grad`). It computes in float32 regardless of autocast. Each call sets `stats`, a dict of
+0-dim tensors on the device for the log, always with the same keys; if these include `pos_cos`, `neg_cos`,
+`video_spread` and `audio_spread` (`criterions.stats`), the log warns of a collapse. Its buffers are saved and restored
+with the run. A loss that holds only a part of them on each rank has a method `assemble`, which all ranks call before
+rank 0 saves.
 """
 
 import inspect
@@ -34,20 +35,20 @@ def build_criterion(
     num_epochs: int | None = None,
     seed: int | None = None,
 ) -> nn.Module:
-    """Build the loss that the `loss` part of a pre-training YAML describes.
+    """Build the loss described by the `loss` part of a pre-training YAML.
 
     Args:
-        cfg: `name` (a key of `CRITERIONS`) and `args`, the keywords of that class. `args.checkpoint` is not read here:
-            loading a bank is up to the script.
-        num_instances: rows of a memory bank. This and the next, and the last two, are for a loss that takes them, as
-            xID does and VICLoss does not, in place of what `args` say.
+        cfg: `name` (a key of `CRITERIONS`) and `args`, the keywords of that class. `args.checkpoint` is ignored: the
+            script loads a bank.
+        num_instances: rows of a memory bank. Like `embedding_dim`, `num_epochs` and `seed` it overrides `args`, if the
+            loss takes it (xID does, VICLoss does not).
         embedding_dim: columns of a memory bank, the model's `out_dim`.
-        device: where the memory bank lies; None: the CPU.
-        num_epochs: for xID's schedule of q; None: q stays as it is, unless a call gives another.
-        seed: of a memory bank and its negatives; the same on every rank.
+        device: device of the memory bank; None: the CPU.
+        num_epochs: for xID's schedule of q; None: q is constant, unless a call passes another.
+        seed: seed of a memory bank and its negatives; the same on every rank.
 
     Raises:
-        UserError: an unknown name or key, or a missing one.
+        UserError: a name or key is unknown or missing.
     """
     name = cfg.get("name")
     if name not in list(CRITERIONS):

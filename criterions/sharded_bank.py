@@ -1,4 +1,4 @@
-"""A memory bank whose rows are spread over the ranks, for more videos than one device holds."""
+"""A memory bank sharded over the ranks, for more videos than one device holds."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ from utils.errors import UserError
 
 
 class ShardedMemoryBank(MemoryBank):
-    """Each rank holds a run of consecutive rows, `start` to `stop`, as equal as can be, in `view1_mem`, `view2_mem`.
+    """Each rank holds consecutive rows, `start` to `stop`, in `view1_mem` and `view2_mem`; shards are near equal.
 
-    Positives come from the rank that owns them, exactly, by one all-to-all of fixed size (no rank has to be asked how
-    much it sends, so no host waits). Negatives are drawn from the rank's own rows, uniform, never the query's own; no
-    vector travels for them. An epoch's clips fall on ranks at random, and so over an epoch every other row is as likely
-    a negative as in a whole bank, but for a share of 1 / (rows of a shard). Rows are updated where they lie, from the
-    batch gathered over all ranks. First vectors are those of the whole bank; draws depend on rank and world size.
+    Positives are exact: they come from the rank that owns them, by one all-to-all of fixed size, so that no sizes are
+    exchanged and no host waits. Negatives are drawn uniformly from the rank's own rows, never the query itself, and
+    need no communication. An epoch's clips are assigned to ranks at random, so over an epoch every other row is as
+    likely a negative as in an unsharded bank, up to 1 / (rows of a shard). Rows are updated on their owner, from the
+    batch gathered over all ranks. Initial vectors are the unsharded bank's; draws depend on rank and world size.
 
-    The state dict is the whole bank's: a run goes on with another number of ranks, and a bank in one piece loads it. To
-    make it, every rank must call `state_dict()`: rank 0 gets all rows on the CPU, block by block; the others get
+    The state dict is the whole bank's: a run can resume with another number of ranks, and an unsharded bank loads it.
+    Every rank must call `state_dict()` to build it: rank 0 gets all rows on the CPU, block by block; the others get
     placeholders on the meta device. Loading takes the whole bank on every rank and keeps the rank's rows.
 
     Raises:
-        UserError: fewer than two rows a rank.
+        UserError: there are fewer than two rows per rank.
     """
 
     sharded = True
@@ -38,20 +38,20 @@ class ShardedMemoryBank(MemoryBank):
         super().__init__(num_instances, embedding_dim, seed, dtype)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Text shown by `print`."""
         return f"{super().extra_repr()} (rows {self.start} to {self.stop - 1} of rank {rank()})"
 
     def own_rows(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """The `video` and `audio` rows `(N, D)` of this rank's queries `index` (N,), from the ranks that own them."""
         place, _ = self._places(gather(index))
         both = torch.stack([self.rows(bank)[place] for bank in BUFFERS], dim=1)
-        # From every rank something for every query, of which its owner's counts.
+        # Every rank offers a row for every query; only the owner's is used.
         offered = all_to_all(both.view(world_size(), len(index), *both.shape[1:]))
         mine = offered[self._owner(index), torch.arange(len(index), device=index.device)]
         return dict(zip(BUFFERS, mine.unbind(1), strict=True))
 
     def sample_negatives(self, index: torch.Tensor, k: int) -> torch.Tensor:
-        """Draw `(N, k)` of this rank's instances for the queries `index` (N,): uniform, never the row's own."""
+        """Draw `(N, k)` of this rank's instances for the queries `index` (N,): uniform, never the query itself."""
         generator, here = self._generator("rank", rank(), "of", world_size()), self.stop - self.start
         place, owned = self._places(index)
         shape, options = (len(index), k), {"generator": generator, "device": generator.device}
@@ -60,11 +60,11 @@ class ShardedMemoryBank(MemoryBank):
         return self.start + torch.where(owned[:, None], others, any_row)
 
     def drawn_rows(self, bank: str, drawn: torch.Tensor) -> torch.Tensor:
-        """The rows `(N, K, D)` of what `sample_negatives` answered on this rank."""
+        """The rows `(N, K, D)` of instances drawn by `sample_negatives` on this rank."""
         return self.rows(bank)[drawn - self.start]
 
     def sample_hard_negatives(self, emb: torch.Tensor, index: torch.Tensor, k: int, bank: str) -> torch.Tensor:
-        """Not with shards.
+        """Not supported with shards.
 
         Raises:
             UserError: always.
@@ -105,7 +105,7 @@ class ShardedMemoryBank(MemoryBank):
         shape = (self.num_instances, rows.shape[1])
         if rank():
             for block in rows.split(BLOCK):
-                dist.send(block.cpu().view(torch.uint8), dst=0)  # bytes, between hosts
+                dist.send(block.cpu().view(torch.uint8), dst=0)  # as bytes, from CPU to CPU
             return torch.empty(shape, dtype=rows.dtype, device="meta")
         whole = torch.empty(shape, dtype=rows.dtype)
         whole[: self.stop] = rows.cpu()

@@ -10,30 +10,31 @@ from utils.errors import UserError
 
 
 class VICLoss(nn.Module):
-    """sim_coeff * sim + std_coeff * std + cov_coeff * cov (eq. 6 of the paper), with
+    """The loss sim_coeff * sim + std_coeff * std + cov_coeff * cov (eq. 6 of the paper), with
 
         sim: the mean squared difference of x and y, of the rank's batch                  (eq. 5, divided by D)
         std: the mean over dimensions of relu(1 - sqrt(var + 1e-4)), averaged over x and y    (eq. 1, halved)
         cov: the sum of squared off-diagonal covariances / D, of x plus y                     (eqs. 3 and 4)
 
-    sim and std are scaled as in the code of the paper's authors, for which the coefficients are meant.
-    Variance and covariance are those of the batch over all ranks, by n - 1. Each is counted on every rank: the mean
-    over ranks of the loss, and of its gradients as DDP takes it, are those of one process with the whole batch.
-    Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
-    device: the terms `sim`, `std`, `cov` before their coefficients and, of the rank's batch, `pos_cos` and `neg_cos`
-    (mean cosine of x with its own y and with the others'; until something is learned they are alike) and
-    `video_spread`, `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere) and `video_dims`, `audio_dims`
-    (how many directions they use), and `cov_coeff`.
+    sim and std are scaled as in the authors' code, for which the coefficients are meant. Variances and covariances are
+    those of the batch over all ranks, by n - 1. Every rank counts them in full: the mean over ranks of the loss, and of
+    its gradients as DDP averages them, are those of one process with the whole batch. Computed in float32 regardless of
+    autocast; float64 stays float64.
+
+    Each call sets `stats`, 0-dim tensors on the device: the terms `sim`, `std`, `cov` without coefficients; for the
+    rank's batch `pos_cos` and `neg_cos` (mean cosine of x with its own y and with the others'; alike until something is
+    learned), `video_spread` and `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere), `video_dims` and
+    `audio_dims` (number of directions used); and `cov_coeff`.
 
     Args:
-        sim_coeff, std_coeff: 0 or above, as is the next.
-        cov_coeff: the first epochs' if the next two are given.
-        cov_coeff_max, cov_ramp: let it rise, by the same factor in every step, from `cov_coeff` at epoch `cov_ramp[0]`
-            to this at epoch `cov_ramp[1]`. Not in the paper: the heavier the term, the later anything is learned, and
-            under a light one a few directions carry all (notebooks/xid-on-grid.md).
+        sim_coeff, std_coeff: at least 0.
+        cov_coeff: at least 0; the initial value if the next two are given.
+        cov_coeff_max, cov_ramp: the coefficient grows, by the same factor in every step, from `cov_coeff` at epoch
+            `cov_ramp[0]` to `cov_coeff_max` at epoch `cov_ramp[1]`. Not in the paper: the heavier the term, the later
+            learning starts; with a light one a few directions carry everything (notebooks/xid-on-grid.md).
 
     Raises:
-        UserError: one of `cov_coeff_max` and `cov_ramp` without the other, or a growth from or to 0.
+        UserError: only one of `cov_coeff_max` and `cov_ramp` is given, or the coefficient would grow from or to 0.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class VICLoss(nn.Module):
         self.stats: dict[str, torch.Tensor] = {}
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Text shown by `print`."""
         cov = f"{self.cov_coeff:g}"
         if self.cov_coeff_max is not None:
             cov += f" to {self.cov_coeff_max:g} over epochs {self.cov_ramp[0]:g} to {self.cov_ramp[1]:g}"
         return f"sim {self.sim_coeff:g}, std {self.std_coeff:g}, cov {cov}"
 
     def cov_coeff_at(self, epoch: float) -> float:
-        """The covariance term's coefficient, so many epochs (and parts of one) into the run."""
+        """The covariance term's coefficient after `epoch` epochs, which may be fractional."""
         if self.cov_coeff_max is None:
             return self.cov_coeff
         first, last = self.cov_ramp
@@ -74,12 +75,12 @@ class VICLoss(nn.Module):
         return self.cov_coeff * (self.cov_coeff_max / self.cov_coeff) ** share
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, epoch: float = 0.0) -> torch.Tensor:
-        """The rank's loss of embeddings x and y (N, D), a scalar. Every rank must come with the same N.
+        """Return the rank's scalar loss of embeddings x and y (N, D). Every rank must pass the same N.
 
-        `epoch` is for `cov_ramp`: how many epochs, and parts of one, the run has done.
+        `epoch` is for `cov_ramp`: the number of epochs done, with fractions.
 
         Raises:
-            UserError: only one row over all ranks, which has no variance.
+            UserError: there is only one row over all ranks, which has no variance.
         """
         if len(x) * world_size() < 2:
             raise UserError(
@@ -98,14 +99,14 @@ class VICLoss(nn.Module):
 
 
 def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hinge on standard deviations and the off-diagonal covariances' sum of squares / D, of a batch (n, D)."""
+    """The hinge on standard deviations, and the sum of squared off-diagonal covariances / D, of a batch (n, D)."""
     n, dim = z.shape
     z = z - z.mean(dim=0)
     variance = z.square().sum(dim=0) / (n - 1)
     hinge = F.relu(1 - torch.sqrt(variance + 1e-4)).mean()
     if n < dim:
-        # Z'Z and ZZ' have the same sum of squares: n x n numbers in place of D x D. Having at most n - 1 eigenvalues,
-        # the covariance keeps enough off its diagonal for the difference not to lose digits.
+        # Z'Z and ZZ' have the same sum of squares: n x n numbers instead of D x D. With at most n - 1 nonzero
+        # eigenvalues, the covariance is large enough off its diagonal for the difference not to lose digits.
         off_diagonal = (z @ z.T / (n - 1)).square().sum() - variance.square().sum()
     else:
         covariance = z.T @ z / (n - 1)

@@ -1,7 +1,7 @@
 """Cross-modal instance discrimination with a memory bank.
 
 Morgado, Vasconcelos and Misra, "Audio-Visual Instance Discrimination with Cross-Modal Agreement", CVPR 2021, with RINCE
-in place of its NCE loss and, if asked for, the hard negatives of MoCHi.
+in place of its NCE loss and, optionally, the hard negatives of MoCHi.
 """
 
 import torch
@@ -17,44 +17,45 @@ from utils.errors import UserError
 
 
 def q_schedule(epoch: int, num_epochs: int, q0: float, q_max: float) -> float:
-    """RINCE's q in `epoch` (from 0 on): a line from `q0` in the first epoch to `q_max` in the last."""
+    """RINCE's q in `epoch` (from 0 on): linear from `q0` in the first epoch to `q_max` in the last."""
     return q0 + epoch * (q_max - q0) / max(1, num_epochs - 1)
 
 
 class xID(nn.Module):  # noqa: N801 (the name in the YAML)
-    """A video's embedding against the audio bank and its sound's against the video bank, the mean of both losses.
+    """Mean of two losses: video embeddings against the audio bank, and audio embeddings against the video bank.
 
-    The positive is the instance's own row, the negatives are `num_negatives` random other rows, the same for both
-    directions. After scoring, in training mode, the rows of the batch over all ranks take in the new embeddings.
-    Computed in float32 whatever the autocast; float64 stays float64. A call leaves in `stats` 0-dim tensors on the
-    device: `pos_cos` and `neg_cos`, the mean cosine of queries with positive and with random negative rows (both
-    directions), of the rank's batch `video_spread`, `audio_spread` (0 collapsed, 1 uniform on the sphere) and
-    `video_dims`, `audio_dims` (how many directions it uses), and `q`. Without random negatives `neg_cos` is the mean
-    over the live ones.
+    The positive is the instance's own row; the negatives are `num_negatives` random other rows, the same for both
+    directions. In training mode, after scoring, the rows of the batch over all ranks are updated with the new
+    embeddings. Computed in float32 regardless of autocast; float64 stays float64.
+
+    Each call sets `stats`, 0-dim tensors on the device: `pos_cos` and `neg_cos`, the mean cosine of queries with
+    positive and with random negative rows (both directions); for the rank's batch `video_spread` and `audio_spread` (0
+    collapsed, 1 uniform on the sphere), `video_dims` and `audio_dims` (number of directions used); and `q`. Without
+    random negatives `neg_cos` is the mean over the live ones.
 
     Args:
-        num_instances: rows of the bank, one a training video.
+        num_instances: rows of the bank, one per training video.
         embedding_dim: D.
-        num_negatives: random negatives a query; 0, with `live_targets` alone: none, the loss is that of the batch.
-        q: RINCE's q; the first epoch's if `num_epochs` is given.
+        num_negatives: random negatives per query; 0, only with `live_targets`: none, the loss is that of the batch.
+        q: RINCE's q; its initial value if `num_epochs` is given.
         lam: RINCE's lambda.
-        momentum: the old vector's share in a row's update.
+        momentum: weight of the old vector in a row's update.
         hard_neg_epoch: the first epoch with hard negatives.
-        N_hard: nearest rows of which hard negatives are mixed; None or 0: no hard negatives, whatever `s`, `s_prime`.
-        s: hard negatives a query that mix two of these rows.
-        s_prime: hard negatives a query that mix the query with one of them.
-        temperature: by which cosines are divided.
-        q_max: q of the last epoch; matters only with `num_epochs`.
-        num_epochs: epochs of the run; None: q stays as it is.
-        seed: of the bank's first vectors and of the negatives; the same on every rank.
-        live_targets: True: the positive is the clip's own embedding of the other modality in place of its bank row, and
+        N_hard: nearest rows from which hard negatives are mixed; None or 0: no hard negatives, whatever `s`, `s_prime`.
+        s: hard negatives per query that mix two of these rows.
+        s_prime: hard negatives per query that mix the query with one of them.
+        temperature: divisor of the cosines.
+        q_max: q of the last epoch; used only with `num_epochs`.
+        num_epochs: epochs of the run; None: q is constant.
+        seed: seed of the bank's initial vectors and of the negatives; the same on every rank.
+        live_targets: True: the positive is the clip's own embedding of the other modality instead of its bank row, and
             the other clips of the batch over all ranks join the negatives, so that gradients reach both networks.
-        bank_dtype: `fp32` or `bf16`, how the bank's rows are stored; all arithmetic is in float32.
-        bank_shards: True: each rank holds a part of the bank and draws its negatives from that (`ShardedMemoryBank`).
+        bank_dtype: storage format of the bank's rows, `fp32` or `bf16`; all arithmetic is in float32.
+        bank_shards: True: each rank holds a shard of the bank and draws its negatives from it (`ShardedMemoryBank`).
 
     Raises:
         UserError: fewer than 2 instances, `N_hard` not below `num_instances`, `q` or `lam` out of range, an unknown
-            `bank_dtype`, `bank_shards` with hard negatives or fewer than two rows a rank, or no negatives at all.
+            `bank_dtype`, `bank_shards` with hard negatives or fewer than two rows per rank, or no negatives at all.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         if self.hard is not None and bank_shards:
             raise UserError(
                 f"loss.args.bank_shards: true does not go with N_hard: {N_hard}: the nearest rows would have to be "
-                "sought on every rank; set N_hard: null, or bank_shards: false"
+                "searched for on every rank; set N_hard: null, or bank_shards: false"
             )
         self.temperature = temperature
         self.q_max = q_max
@@ -107,7 +108,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         self.stats: dict[str, torch.Tensor] = {}
 
     def q_at(self, epoch: int) -> float:
-        """RINCE's q in `epoch`: the schedule's if `num_epochs` is known, else the constructor's."""
+        """RINCE's q in `epoch`: the schedule's if `num_epochs` is given, else the constructor's."""
         q0 = self.rince.q
         return q0 if self.num_epochs is None else q_schedule(epoch, self.num_epochs, q0, self.q_max)
 
@@ -119,22 +120,22 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         epoch: int = 0,
         q: float | None = None,
     ) -> torch.Tensor:
-        """The rank's loss, a scalar; over ranks its mean, and the mean of its gradients, are the whole batch's.
+        """Return the rank's scalar loss; its mean over ranks, and that of its gradients, are the whole batch's.
 
         Args:
             video_emb, audio_emb: (N, D), of any length.
-            index: (N,) the instances' rows in the bank, whole numbers, on the embeddings' device.
-            epoch: from 0 on; decides about hard negatives, and about q where none is given.
-            q: RINCE's q in this call.
+            index: (N,) integers, the instances' rows in the bank, on the embeddings' device.
+            epoch: from 0 on; determines whether hard negatives are used, and q if it is not given.
+            q: RINCE's q for this call.
 
         Raises:
-            UserError: a batch of one clip over all ranks, and no negatives from the bank.
+            UserError: the batch has one clip over all ranks, and there are no negatives from the bank.
         """
         q = self.q_at(epoch) if q is None else q
         index = index.long()
         if not self.num_negatives and len(index) * world_size() < 2:
             raise UserError(
-                "loss.args.num_negatives: 0, and a batch, or its part, of one clip: nothing to tell it from; raise it, "
+                "loss.args.num_negatives: 0, and a batch, or its part, of one clip: there are no negatives; raise it, "
                 "or dataset.batch_size, or lower accumulate"
             )
         bank = self.nce_average
@@ -151,7 +152,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             return (self._rince_of(*v2a, q) + self._rince_of(*a2v, q)) / 2
 
     def assemble(self) -> None:
-        """Before rank 0 saves, every rank calls this: the others hand it their parts of a bank in shards."""
+        """Send the shards of a sharded bank to rank 0; every rank must call this before rank 0 saves."""
         if self.nce_average.sharded and not is_main():
             self.state_dict()
 
@@ -189,10 +190,10 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
 
 @torch.no_grad()
 def _measure(v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
-    """Mean cosines, over both directions, of positives and of random negatives, or, without these, of live ones."""
+    """Mean cosines, over both directions, of positives and of random negatives (of live ones if there are none)."""
     kind = "random" if "random" in v2a[1] else "live"
     negatives = torch.stack([v2a[1][kind], a2v[1][kind]])
-    there = negatives > -torch.inf  # a clip's own among the live ones is left out
+    there = negatives > -torch.inf  # excludes a clip's own among the live ones
     return {
         "pos_cos": (v2a[0].mean() + a2v[0].mean()) / 2,
         "neg_cos": negatives.where(there, 0).sum() / there.sum().clamp_min(1),
@@ -200,5 +201,5 @@ def _measure(v2a: tuple, a2v: tuple) -> dict[str, torch.Tensor]:
 
 
 def _dot(query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Products (N, K) of (N, D) and (N, K, D). No matmul: TF32 would round it, and the batch size its last digits."""
+    """Products (N, K) of (N, D) and (N, K, D). No matmul: it might be rounded to TF32 and depend on the batch size."""
     return (query[:, None] * rows).sum(dim=-1)

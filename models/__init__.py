@@ -1,4 +1,4 @@
-"""Networks: backbones, heads and the wrappers that pair them. `build_model` makes one from the YAML's `model` part."""
+"""Networks: backbones, heads and the wrappers that pair them. `build_model` builds one from a YAML's `model` part."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -20,19 +20,19 @@ MODELS = {
 
 
 def build_model(cfg: Mapping[str, Any]) -> nn.Module:
-    """Build the network that the `model` part of a pre-training YAML describes, with fresh weights.
+    """Build the network described by the `model` part of a pre-training YAML, with newly initialised weights.
 
     Args:
         cfg: `arch` (a name in `MODELS["arch"]`) and `args`: `proj_dim` or `exp_dim`, `video_backbone`,
             `video_backbone_args`, `audio_backbone`, `audio_backbone_args` and, for `av_wrapper`, `proj_norm`.
-            `args.checkpoint` is not read here: loading weights is up to the script.
+            `args.checkpoint` is ignored: the scripts load weights.
 
     Returns:
         The wrapper; `forward(video (N, 3, T, H, W), audio (N, 1, n_mels, frames))`, or `forward(clip1, clip2)` for
-        `vicreg_v_wrapper`, gives two embeddings `(N, out_dim)`.
+        `vicreg_v_wrapper`, returns two embeddings `(N, out_dim)`.
 
     Raises:
-        UserError: an unknown architecture, backbone, depth or key, or a missing one.
+        UserError: an architecture, backbone, depth or key is unknown, or a required one is missing.
     """
     wrapper = _look_up("arch", "model.arch", cfg.get("arch"))
     args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
@@ -43,7 +43,7 @@ def build_model(cfg: Mapping[str, Any]) -> nn.Module:
 
 
 def _build_backbone(key: str, args: dict[str, Any]) -> nn.Module:
-    """Take `key` and `<key>_args` out of `args` and build the backbone that they describe."""
+    """Pop `key` and `<key>_args` from `args` and build the backbone they describe."""
     backbone = _look_up(key, f"model.args.{key}", args.pop(key, None))
     return _call(backbone, f"model.args.{key}_args", args.pop(f"{key}_args", None) or {})
 
@@ -55,7 +55,7 @@ def _look_up(kind: str, key: str, name: object) -> Callable[..., nn.Module]:
 
 
 def _call(cls: Callable[..., nn.Module], key: str, args: Mapping[str, Any]) -> nn.Module:
-    """Construct `cls(**args)`; a key that it does not take, or a missing one, is an error that names it."""
+    """Construct `cls(**args)`; raises a UserError that names an unknown or missing key."""
     known = inspect.signature(cls).parameters
     for name in args:
         if name not in known:

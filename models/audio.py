@@ -11,7 +11,7 @@ class Conv2DNet(nn.Module):
     """Audio network of nine 2D convolutions (Morgado et al. 2021, "AVID"), `out_dim` 512.
 
     A 7x7 stem of stride 2 and four blocks of 64, 128, 256 and 512 channels; the first three halve both axes. `depth`
-    is 10, the only one there is; raises `UserError` for another.
+    must be 10; raises `UserError` otherwise.
     """
 
     def __init__(self, depth: int = 10) -> None:
@@ -32,10 +32,10 @@ class Conv2DNet(nn.Module):
     def forward(self, audio: Tensor, return_embs: bool = False) -> Tensor | dict[str, Tensor]:
         """Map spectrograms `(N, 1, n_mels, frames)` to the global maximum `(N, 512, 1, 1)` of the last block.
 
-        With `return_embs` the answer is a dict of `(N, C, H, W)` features: `conv1`, `block1`, `block2`, `block3`,
+        With `return_embs`, returns a dict of `(N, C, H, W)` features: `conv1`, `block1`, `block2`, `block3`,
         `block4` and `pool`.
         """
-        # One channel is laid out alike in every memory format; these strides say channels_last to the kernels.
+        # With one channel all memory formats coincide; these strides mark the tensor as channels_last to the kernels.
         x = audio.squeeze(1).contiguous().unsqueeze(-1).permute(0, 3, 1, 2)
         embs = {}
         for name in ("conv1", "block1", "block2", "block3", "block4"):

@@ -11,9 +11,9 @@ from utils.errors import UserError
 class Projection(nn.Module):
     """Head of linear layers with ReLU between them: `(N, in_dim)` to `(N, proj_dim[-1])`.
 
-    `proj_norm` "bn" adds a BN without weights after the last layer: each dimension then has mean zero and variance one
-    over the batch, which keeps a common direction of all embeddings from growing. None (the default) adds nothing.
-    Raises `UserError` for another `proj_norm` or a `proj_dim` that is no list of widths.
+    `proj_norm` "bn" adds a BN without affine parameters after the last layer: each dimension then has zero mean and
+    unit variance over the batch, which keeps a direction common to all embeddings from growing. None (the default) adds
+    nothing. Raises `UserError` for any other `proj_norm`, or if `proj_dim` is not a list of widths.
     """
 
     def __init__(self, in_dim: int, proj_dim: Sequence[int], proj_norm: str | None = None) -> None:
@@ -37,7 +37,7 @@ class Projection(nn.Module):
 
 
 class AVWrapper(nn.Module):
-    """Video and audio backbone, each with a projection head; `out_dim` is the width of an embedding."""
+    """Video and audio backbones, each with a projection head; `out_dim` is the embedding dimension."""
 
     def __init__(
         self, video_model: nn.Module, audio_model: nn.Module, proj_dim: Sequence[int], proj_norm: str | None = None
@@ -57,7 +57,7 @@ class AVWrapper(nn.Module):
             audio: `(N, 1, n_mels, frames)` normalised log-mel spectrograms.
 
         Returns:
-            The video and the audio embeddings, `(N, out_dim)` each. The criterion brings them to unit length.
+            The video and the audio embeddings, `(N, out_dim)` each. The criterion normalises them.
         """
         video_emb = self.video_proj(self.video_model(video).flatten(1))
         audio_emb = self.audio_proj(self.audio_model(audio).flatten(1))

@@ -1,4 +1,4 @@
-"""Classifiers on top of a video backbone: linear ones on frozen features, and one that is fine-tuned with it."""
+"""Classifiers on top of a video backbone: linear ones on frozen features, and one fine-tuned with the backbone."""
 
 import re
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ POOLINGS = {
 
 
 def build_pooling(text: str | None) -> nn.Module:
-    """The operation that a YAML's `pooling_op` names, such as `AdaptiveMaxPool3d((1, 1, 1))`; None: none.
+    """Build the pooling that a YAML's `pooling_op` names, such as `AdaptiveMaxPool3d((1, 1, 1))`; None: identity.
 
-    Its argument is one whole number or three. Raises UserError for anything else.
+    Its argument is one integer or three. Raises UserError for anything else.
     """
     if text is None:
         return nn.Identity()
     match = re.fullmatch(r"(?:(?:torch\.)?nn\.)?(\w+)\((?:(\d+)|\((\d+), ?(\d+), ?(\d+)\))\)", text.strip())
     if match is None or match[1] not in POOLINGS:
         raise UserError(
-            f"model.args: pooling {text!r}: expected null or one of {', '.join(POOLINGS)} with one whole number or "
+            f"model.args: pooling {text!r}: expected null or one of {', '.join(POOLINGS)} with one integer or "
             "three, such as AdaptiveMaxPool3d((1, 1, 1))"
         )
     size = int(match[2]) if match[2] else tuple(int(match[i]) for i in (3, 4, 5))
@@ -39,14 +39,14 @@ def build_pooling(text: str | None) -> nn.Module:
 class FeatureExtractor(nn.Module):
     """Pooled features of a video backbone, by name: clips (N, 3, T, H, W) to a dict of (N, feat_dim).
 
-    The names are `feat_names`; one that comes twice, with different pooling, is told apart by a number.
+    The names are `feat_names`; a repeated one, with different pooling, gets a number: `pool-2`.
 
     Args:
-        video_model: a backbone whose `forward(video, return_embs=True)` answers a dict of features.
-        feat_names, pooling_ops, feat_dims: one value a feature, or a single one for all.
+        video_model: a backbone whose `forward(video, return_embs=True)` returns a dict of features.
+        feat_names, pooling_ops, feat_dims: one value per feature, or a single one for all.
 
     Raises:
-        UserError: lists of different lengths, an unknown pooling; in `forward` an unknown feature or another width.
+        UserError: lists differ in length, or a pooling is unknown; in `forward`, an unknown feature or another width.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class FeatureExtractor(nn.Module):
 class MOSTWrapper(nn.Module):
     """Linear classifiers, one for each feature: a dict of (N, feat_dim) to a dict of logits (N, n_classes).
 
-    Before its linear layer a feature is brought to unit length (`l2_norm`), normalised by a BN without weights
-    (`use_bn`), thinned out (`use_dropout`, with rate `dropout`), where that is asked for.
+    Before its linear layer a feature is optionally scaled to unit length (`l2_norm`), normalised by a BN without affine
+    parameters (`use_bn`) and passed through dropout (`use_dropout`, with rate `dropout`).
 
     Args:
-        names: of the features, as `FeatureExtractor.names` gives them.
-        feat_dims, use_bn, l2_norm: one value a feature, or a single one for all.
+        names: feature names, from `FeatureExtractor.names`.
+        feat_dims, use_bn, l2_norm: one value per feature, or a single one for all.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MOSTWrapper(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Features (N, in_dim) to logits (N, n_classes), in float32 whatever the autocast."""
+    """Features (N, in_dim) to logits (N, n_classes), in float32 regardless of autocast."""
 
     def __init__(
         self, in_dim: int, n_classes: int, use_bn: bool = False, l2_norm: bool = False, dropout: float = 0.0
@@ -121,7 +121,7 @@ class LinearClassifier(nn.Module):
             x = x.float()
             if self.l2_norm:
                 x = nn.functional.normalize(x, dim=1)
-            if self.bn is not None:  # a batch of one has no variance: there the running statistics serve
+            if self.bn is not None:  # a batch of one has no variance: use the running statistics
                 bn = self.bn if len(x) > 1 or not self.training else None
                 x = bn(x) if bn else nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
             return self.classifier(self.dropout(x))
@@ -131,10 +131,10 @@ class ClassificationWrapper(nn.Module):
     """A backbone and a classifier, trained together: clips (N, 3, T, H, W) to logits (N, n_classes).
 
     Args:
-        video_model: a backbone whose `forward(video, return_embs=True)` answers a dict of features.
+        video_model: a backbone whose `forward(video, return_embs=True)` returns a dict of features.
         n_classes: width of the logits.
-        feat_name, pooling_op, feat_dim: the feature, how it is pooled, and its width then.
-        use_dropout, dropout: whether, and at what rate, features are dropped before the linear layer.
+        feat_name, pooling_op, feat_dim: the feature, its pooling, and its width after pooling.
+        use_dropout, dropout: whether to apply dropout before the linear layer, and its rate.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class ClassificationWrapper(nn.Module):
         self.head = LinearClassifier(feat_dim, n_classes)
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits (N, n_classes). `keep` (N, feat_dim) weighs the features in place of a dropout of its own."""
+        """Return logits (N, n_classes). `keep` (N, feat_dim) scales the features in place of the module's dropout."""
         embs = self.video_model(video, return_embs=True)
         features = _pooled(embs, self.feat_name, self.pooling, self.feat_dim)
         if keep is None:
@@ -163,9 +163,9 @@ class ClassificationWrapper(nn.Module):
         return self.head(features * keep)
 
     def draw_dropout(self, batch_size: int, key: Sequence[int]) -> Tensor:
-        """The dropout of a batch, (batch_size, feat_dim): 0 where dropped, else 1 / (1 - rate).
+        """Draw a batch's dropout mask (batch_size, feat_dim): 0 where dropped, else 1 / (1 - rate).
 
-        It hangs on `key` alone, so that every rank can draw that of the whole batch and take its rows.
+        It depends only on `key`, so that every rank can draw the whole batch's mask and take its own rows.
         """
         rate = self.dropout.p
         uniform = np.random.default_rng(tuple(key)).random((batch_size, self.feat_dim), dtype=np.float32)
@@ -173,7 +173,7 @@ class ClassificationWrapper(nn.Module):
 
 
 def one_each(key: str, values: Sequence, count: int) -> list:
-    """`values` as one a feature; a single one serves all. UserError where the numbers differ."""
+    """Return one value per feature; a single one is repeated. UserError if the counts differ."""
     values = list(values)
     if len(values) not in (1, count):
         raise UserError(f"model.args.{key}: {len(values)} values for {count} feat_names; give one each, or one for all")
@@ -181,7 +181,7 @@ def one_each(key: str, values: Sequence, count: int) -> list:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The names, a repeated one with its number: pool, pool-2."""
+    """Number repeated names: pool, pool-2."""
     counts = [list(names[:i]).count(name) for i, name in enumerate(names)]
     return [f"{name}-{count + 1}" if count else name for name, count in zip(names, counts, strict=True)]
 
@@ -191,7 +191,7 @@ def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> 
         raise UserError(f"model.args: the backbone has no feature {name!r}; it has {', '.join(embs)}")
     try:
         feature = pool(embs[name]).flatten(1)
-    except RuntimeError as error:  # its kernel is larger than the feature, say
+    except RuntimeError as error:  # e.g. a kernel larger than the feature
         raise UserError(f"model.args: {pool} of feature {name}, {tuple(embs[name].shape)}: {error}") from None
     if feature.shape[1] != width:
         raise UserError(

@@ -1,7 +1,7 @@
-"""BN and ReLU as one, for torch.compile on a GPU: the backward pass sees from BN's input what ReLU let pass.
+"""Fused BN and ReLU for torch.compile on a GPU: the backward pass recomputes ReLU's mask from BN's input.
 
-PyTorch's own two, compiled, store for that a byte an element forward, and read it twice backward beside that input. All
-arithmetic is in float32.
+PyTorch's own two, compiled, store that mask with one byte per element in the forward pass and read it twice in the
+backward pass, in addition to that input. All arithmetic is in float32.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def bn_relu(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
-    """ReLU after `bn`, of `x` (N, C, ...)."""
+    """Apply `bn`, then ReLU, to `x` (N, C, ...)."""
     return _NormalisedReLU.apply(x, bn.weight, bn.bias, *statistics(x, bn), bn.training)
 
 
 def statistics(x: Tensor, bn: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation (C,) that `bn` normalises `x` (N, C, ...) by.
+    """Return the mean and reciprocal standard deviation (C,) with which `bn` normalises `x` (N, C, ...).
 
-    In training those of the batch, which its running statistics take in (Ioffe and Szegedy 2015, algorithm 1).
+    In training mode they are the batch's, and the running statistics are updated (Ioffe and Szegedy 2015, algorithm 1).
     """
     if not bn.training:
         return bn.running_mean, torch.rsqrt(bn.running_var + bn.eps)
@@ -32,12 +32,12 @@ def statistics(x: Tensor, bn: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
 def gradient_of_input(
     x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, d_weight: Tensor, d_bias: Tensor, of_batch: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BN's gradient for its input is a * (that for its output) + b * x + c: a, b and c (C,).
+    """Return the coefficients a, b, c (C,) of BN's input gradient, a * (output gradient) + b * x + c.
 
     Args:
         scale: rstd * weight.
-        d_weight, d_bias: the gradients for BN's parameters.
-        of_batch: whether mean and rstd are those of `x`, and change with it.
+        d_weight, d_bias: the gradients of BN's parameters.
+        of_batch: whether mean and rstd are computed from `x`, and so depend on it.
     """
     if not of_batch:
         return scale, torch.zeros_like(scale), torch.zeros_like(scale)
@@ -47,12 +47,12 @@ def gradient_of_input(
 
 
 def all_but_channels(x: Tensor) -> list[int]:
-    """The dimensions of (N, C, ...) but C."""
+    """All dimensions of (N, C, ...) except C."""
     return [0, *range(2, x.dim())]
 
 
 def of_channels(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (C,), to be spread over `x` (N, C, ...)."""
+    """View `values` (C,) so that they broadcast over `x` (N, C, ...)."""
     return values.view(-1, *[1] * (x.dim() - 2))
 
 

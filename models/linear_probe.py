@@ -12,13 +12,13 @@ from utils.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 class LinearProbe:
-    """One `MOSTWrapper` and its optimizer for each learning rate: `base_lr` and `other_lrs`. All start alike.
+    """One `MOSTWrapper` and optimizer per learning rate (`base_lr`, `other_lrs`), all with the same initial weights.
 
     Args:
-        cfg: an evaluation's configuration.
-        names: of the features.
+        cfg: configuration of an evaluation.
+        names: feature names.
         n_classes: width of the logits.
-        device: where the classifiers are.
+        device: device of the classifiers.
     """
 
     def __init__(self, cfg: Mapping, names: Sequence[str], n_classes: int, device: torch.device) -> None:
@@ -35,9 +35,9 @@ class LinearProbe:
             self.optimizers[rate] = build_optimizer(self.recipes[rate], self.heads[rate])
 
     def step(self, features: Mapping[str, Tensor], labels: Tensor, epoch: int, progress: float) -> dict[str, Tensor]:
-        """One step of each classifier on features (N, D) by name and labels (N,); their losses.
+        """Train each classifier for one step on features (N, D) by name and labels (N,); return their losses.
 
-        `progress` says how much of the epoch, 0 to 1, went before.
+        `progress` is the fraction of the epoch completed, 0 to 1.
         """
         losses = {}
         for rate, head in self.heads.items():
@@ -51,7 +51,7 @@ class LinearProbe:
         return losses
 
     def state_dict(self) -> dict:
-        """Plain data for a checkpoint."""
+        """Return plain data for a checkpoint."""
         return {
             "epoch": self.epoch,
             "heads": {rate: head.state_dict() for rate, head in self.heads.items()},
@@ -59,7 +59,7 @@ class LinearProbe:
         }
 
     def load_state_dict(self, state: Mapping, source: str) -> None:
-        """Go on from a checkpoint; `source` names it in errors."""
+        """Resume from a checkpoint; `source` names it in errors."""
         self.epoch = state["epoch"]
         for rate, head in self.heads.items():
             load_weights(head, state["heads"][rate], source)
@@ -67,7 +67,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def logits(self, features: Mapping[str, Tensor]) -> dict[float, dict[str, Tensor]]:
-        """Features (videos, clips, D) to logits (videos, clips, classes) on the CPU, by rate and feature."""
+        """Map features (videos, clips, D) to logits (videos, clips, classes) on the CPU, by rate and feature."""
         flat = {name: value.flatten(0, 1).to(self.device) for name, value in features.items()}
         shape = next(iter(features.values())).shape[:2]
         logits = {}
@@ -78,7 +78,7 @@ class LinearProbe:
 
 
 def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mean of each figure over steps that brought the same names."""
+    """Mean of each loss over steps that have the same names."""
     if not losses:
         return {}
     return {name: torch.stack([step[name] for step in losses]).mean().item() for name in losses[0]}

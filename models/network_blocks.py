@@ -1,9 +1,9 @@
-"""Convolutions, residual blocks and weight initialisation that the backbones and heads are made of.
+"""Convolutions, residual blocks and weight initialisation for the backbones and heads.
 
-Activations of the video network are `(N, C, T, H, W)` tensors in `channels_last_3d` memory, that is `(N, T, H, W, C)`
-one after the other. In that memory a spatial convolution is a 2D convolution of `(N*T, C, H, W)` and a temporal one a
-2D convolution of `(N, C, T, H*W)`; both are views, so nothing is copied, and 2D kernels are the faster ones (and the
-ones without trouble in bf16). The weights keep the shapes and names of the 3D convolutions they stand for.
+Activations of the video network are `(N, C, T, H, W)` tensors in `channels_last_3d` memory, i.e. `(N, T, H, W, C)` in
+memory order. In this layout a spatial convolution is a 2D convolution of `(N*T, C, H, W)` and a temporal one a 2D
+convolution of `(N, C, T, H*W)`. Both are views, so nothing is copied, and 2D kernels are faster (and free of problems
+in bf16). The weights keep the shapes and names of the 3D convolutions they replace.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 try:
     from models import stem_kernels
-except ImportError:  # no Triton, without which nothing is compiled for a GPU
+except ImportError:  # no Triton, so nothing is compiled for a GPU
     stem_kernels = None
 
 
@@ -42,10 +42,10 @@ def width_as_places(x: Tensor, height_width: Sequence[int]) -> Tensor:
 
 
 class _Conv3dIn2D(nn.Conv3d):
-    """A bias-free `Conv3d` with "same" padding whose subclasses compute it with `conv2d`.
+    """A bias-free `Conv3d` with "same" padding; subclasses compute it with `conv2d`.
 
-    The weight has the 5D shape, in channels_last_3d memory, and is viewed as 2D in the way its input is. The kernels
-    and the gradients that they return are then in the layout of the weight, and nothing is converted in a step.
+    The weight has the 5D shape in channels_last_3d memory and is viewed as 2D like its input. The 2D kernels and their
+    gradients then have the weight's layout, and nothing is converted in a step.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
@@ -67,7 +67,7 @@ class SpatialConv(_Conv3dIn2D):
 
 
 class TemporalConv(_Conv3dIn2D):
-    """A `(k, 1, 1)` convolution of `(N, C, T, H, W)`, along time at every place."""
+    """A `(k, 1, 1)` convolution of `(N, C, T, H, W)`, along time at every position."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, (kernel_size, 1, 1), (stride, 1, 1))
@@ -81,8 +81,8 @@ class TemporalConv(_Conv3dIn2D):
 class PointwiseConv(_Conv3dIn2D):
     """A 1x1x1 convolution of `(N, C, T, H, W)` with the same stride in time and space: the residual connection.
 
-    Frames that the stride drops are left out first. With an even number of frames that is a view; with an odd number
-    the frames that stay are copied.
+    Frames that the stride skips are dropped first. With an even number of frames this is a view; with an odd number
+    the remaining frames are copied.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -94,17 +94,17 @@ class PointwiseConv(_Conv3dIn2D):
 
 
 class StemConv(_Conv3dIn2D):
-    """A `(3, k, k)` convolution of stride `(1, s, s)`: the frame before, the frame and the one after as channels.
+    """A `(3, k, k)` convolution of stride `(1, s, s)`, in 2D: previous, current and next frame as channels.
 
-    A GPU's matrix units take 16-bit channels in groups of eight: there channels of zeros join the three frames in the
-    copy that is made anyway, or cuDNN would copy the lot again, forward and backward.
+    GPU matrix units take 16-bit channels in groups of eight. There, the copy that stacks the frames also appends zero
+    channels; otherwise cuDNN would copy everything again, forward and backward.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, (3, kernel_size, kernel_size), (1, stride, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):  # before there are three of it
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):  # before it is tripled
             x = x.to(torch.get_autocast_dtype(x.device.type))
         padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, 1, 1))
         taps = [padded[:, :-2], padded[:, 1:-1], padded[:, 2:]]
@@ -118,14 +118,14 @@ class StemConv(_Conv3dIn2D):
 
     @staticmethod
     def _channel_group(x: Tensor) -> int:
-        """The number of which the channels should be a multiple."""
+        """The number of channels should be a multiple of this."""
         return 8 if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else 1
 
 
 class SpatialMaxPool(nn.MaxPool3d):
     """A `(1, 3, 3)` max-pool of stride `(1, 2, 2)` on `(N, C, T, H, W)`, frame by frame.
 
-    Compiled for a GPU, it is ours (`models/stem_kernels.py`): the backward pass that torch.compile makes adds gradients
+    Compiled for a GPU, it uses our own kernel (`models/stem_kernels.py`): torch.compile's backward pass adds gradients
     with atomics, in no fixed order, to a zeroed float32 tensor that is not in channels_last memory.
     """
 
@@ -142,9 +142,9 @@ class SpatialMaxPool(nn.MaxPool3d):
 
 
 class Stem(nn.Sequential):
-    """`StemConv`, BN, ReLU and `SpatialMaxPool`. Compiled for a GPU, the last three are one (`models/stem_kernels.py`).
+    """`StemConv`, BN, ReLU and `SpatialMaxPool`.
 
-    But where BN is not of this process alone (`utils/sync_bn.py`).
+    Compiled for a GPU, the last three are fused (`models/stem_kernels.py`), unless BN is SyncBN (`utils/sync_bn.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,16 +156,16 @@ class Stem(nn.Sequential):
 
 
 def compiled_for_a_gpu(x: Tensor) -> bool:
-    """Whether this is being compiled, for a tensor on a GPU."""
+    """Whether this call is being compiled for a tensor on a GPU."""
     return torch.compiler.is_compiling() and x.is_cuda
 
 
 def global_max(x: Tensor) -> Tensor:
-    """Map `(N, C, ...)` to the maxima over all places, `(N, C, 1, ...)`; of equal ones the first has the gradient.
+    """Map `(N, C, ...)` to the maxima over all positions, `(N, C, 1, ...)`; the first of equal ones gets the gradient.
 
-    By index, as `amax` would ask in the backward pass which places equal the maximum. Compiled for a GPU, that pass
-    computes the places anew and leaves them in float32: they equal no maximum that was rounded to bf16, and the
-    gradient, shared by none, is NaN.
+    Uses indices, because the backward pass of `amax` compares all positions with the maximum. Compiled for a GPU, it
+    recomputes the values in float32; none then equals a maximum rounded to bf16, and the gradient, divided among
+    none, is NaN.
     """
     places = x.movedim(1, -1).flatten(1, -2)
     return places.max(dim=1).values.view(*x.shape[:2], *(1 for _ in x.shape[2:]))
@@ -175,8 +175,8 @@ class R2Plus1dBlock(nn.Module):
     """Residual block of two (spatial, temporal) pairs of convolutions (Tran et al. 2018, "R(2+1)D").
 
     Spatial - BN - ReLU - temporal - BN - ReLU - spatial - BN - ReLU - temporal, plus the input, then `out_bn` and ReLU.
-    `stride` is taken in time and space by the first pair; temporal convolutions keep the number of channels. Where the
-    shape changes, the input passes through a strided 1x1x1 convolution.
+    The first pair applies `stride` in time and space; temporal convolutions keep the number of channels. If the shape
+    changes, the input passes through a strided 1x1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -203,14 +203,14 @@ class R2Plus1dBlock(nn.Module):
 
 
 def bn_relu(x: Tensor, bn: nn.Module) -> Tensor:
-    """ReLU after `bn`. Compiled for a GPU, the two are one (`models/fused_norm.py`), but where BN is not ours alone."""
+    """Apply `bn`, then ReLU; fused if compiled for a GPU (`models/fused_norm.py`), unless `bn` is SyncBN."""
     if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
         return fused_norm.bn_relu(x, bn)
     return F.relu(bn(x), inplace=True)
 
 
 class Conv2DBlock(nn.Module):
-    """Two 3x3 convolutions, each with BN and ReLU; the first one takes the stride. No residual connection."""
+    """Two 3x3 convolutions, each with BN and ReLU; the first has the stride. No residual connection."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -228,9 +228,9 @@ class Conv2DBlock(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Initialise one module in place; for `network.apply(init_weights)`.
 
-    He normal (He et al. 2015): for ReLU, by fan out in convolutions and by fan in in linear layers, biases zero. In
-    xID's heads this keeps the size of the signal from layer to layer, so that no bias drowns what tells clips apart.
-    BN keeps weight one and bias zero.
+    He normal (He et al. 2015) for ReLU: fan-out in convolutions, fan-in in linear layers, zero biases. In xID's heads
+    this preserves the signal's scale from layer to layer, so that no bias drowns the differences between clips. BN
+    keeps weight one and bias zero.
     """
     if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -243,6 +243,4 @@ def check_widths(key: str, widths: Sequence[int]) -> None:
     """Raise `UserError` unless `widths`, the YAML's `model.args.<key>`, is a non-empty list of positive integers."""
     is_list = isinstance(widths, (list, tuple)) and len(widths) > 0
     if not is_list or not all(type(width) is int and width > 0 for width in widths):
-        raise UserError(
-            f"model.args.{key}: expected a list of the layers' widths such as [512, 512, 128], found {widths!r}"
-        )
+        raise UserError(f"model.args.{key}: expected a list of layer widths such as [512, 512, 128], found {widths!r}")

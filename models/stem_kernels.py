@@ -1,12 +1,12 @@
-"""BN, ReLU and max-pool of the video stem in one pass over its output, forward and backward, by Triton.
+"""Triton kernels for BN, ReLU and max-pool of the video stem: one pass over its output forward, one backward.
 
-That output is the largest of a step, and memory is what a step waits for. One operator after the other, compiled, there
-are two passes over it forward after the statistics, and three backward; here one and one:
+That output is the largest of a step, and a step is limited by memory. Compiled as separate operators, they make two
+passes over it forward (after the statistics) and three backward; here it is one each:
 
-* Forward, the pool looks at numbers that it normalises on the way, and keeps of each window the one that wins (as the
-  convolution gave it) and which it was.
-* Backward, no place has a gradient but those that won a window. So the sums that BN's gradient takes run over windows,
-  and the gradient at a place is a * (what its windows send it) + b * x + c, with a, b and c of its channel.
+* Forward: the pool normalises elements on the fly. For each window it stores the winning element (as output by the
+  convolution) and its position.
+* Backward: only elements that won a window receive a gradient. The sums in BN's gradient therefore run over windows,
+  and an element's gradient is a * (sum of its windows' gradients) + b * x + c, with a, b and c per channel.
 """
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from models.fused_norm import gradient_of_input, of_channels, statistics
 
-CELLS = 32  # windows of one program
+CELLS = 32  # windows per program
 
 
 def bn_relu_pool(x: Tensor, bn: nn.BatchNorm3d) -> Tensor:
-    """ReLU and the 3x3 max-pool of stride 2 after `bn`: frames (M, C, H, W) to (M, C, ceil(H/2), ceil(W/2)).
+    """`bn`, ReLU and the 3x3 max-pool of stride 2: frames (M, C, H, W) to (M, C, ceil(H/2), ceil(W/2)).
 
-    All frames here are in channels_last memory.
+    All frames are in channels_last memory.
     """
     return _NormalisedPool.apply(x, bn.weight, bn.bias, *statistics(x, bn), bn.training)
 
@@ -78,18 +78,17 @@ class _MaxPool(torch.autograd.Function):
 def pool_normalised(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each 3x3 window (stride 2, padding 1) the element with the largest (x - mean) * rstd * weight + bias.
+    """Find in each 3x3 window (stride 2, padding 1) the element with the largest (x - mean) * rstd * weight + bias.
 
-    One operator with all that it computes, so that torch.compile neither stores what lies between in float32 nor
-    computes it anew.
+    A single operator, so that torch.compile neither stores float32 intermediates nor recomputes them.
 
     Args:
         x: frames (M, C, H, W).
         mean, rstd, weight, bias: float32 (C,).
 
     Returns:
-        These largest values or, with `relu`, ReLU of them, (M, C, ceil(H/2), ceil(W/2)); the elements of `x` they are
-        of; int8, the elements' places in the windows, 3 * row + column, or -1 where ReLU lets nothing pass.
+        The largest values (with `relu`, ReLU of them), (M, C, ceil(H/2), ceil(W/2)); the elements of `x` that they
+        come from; these elements' int8 positions in the windows, 3 * row + column, or -1 where ReLU blocks them.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     y, winners, places = _pooled(x, mean, rstd, weight, bias, relu)
@@ -99,11 +98,11 @@ def pool_normalised(
 
 @torch.library.custom_op("avssrl::unpool_scaled", mutates_args=())
 def unpool_scaled(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus: Tensor) -> Tensor:
-    """scale * (the gradients of the windows that an element of `x` won) + times * x + plus: (M, C, H, W).
+    """Return scale * (sum of gradients of the windows that an element of `x` won) + times * x + plus, (M, C, H, W).
 
     Args:
         d_y: the windows' gradients (M, C, ceil(H/2), ceil(W/2)).
-        places: of the elements that won, from `pool_normalised`.
+        places: positions of the winning elements, from `pool_normalised`.
         x: frames (M, C, H, W).
         scale, times, plus: float32 (C,).
     """
@@ -129,12 +128,12 @@ def _(d_y: Tensor, places: Tensor, x: Tensor, scale: Tensor, times: Tensor, plus
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
-    """What a kernel is told of frames (M, C, H, W): H, W, C, and windows and channels of one program."""
+    """Kernel arguments for frames (M, C, H, W): H, W, C, and windows and channels per program."""
     return *x.shape[2:], x.shape[1], CELLS, min(64, triton.next_power_of_2(x.shape[1]))
 
 
 def _grid(pooled: Tensor) -> tuple[int, int]:
-    """Programs for all windows and channels."""
+    """Launch grid over all windows and channels."""
     channels, cells, block = _sizes(pooled)[2:]
     return triton.cdiv(pooled.numel() // channels, cells), triton.cdiv(channels, block)
 
@@ -170,7 +169,7 @@ def _pool(
         at = ((frame * height + top) * width + left) * channels
         element = tl.load(x + at[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32)
         value = element * scale[None, :] + shift[None, :]
-        better = inside & ((value > best) | (value != value))  # what is no number wins: it must not be lost
+        better = inside & ((value > best) | (value != value))  # NaN wins: it must not be lost
         best = tl.where(better, value, best)
         winner = tl.where(better, element, winner)
         won = tl.where(better, place, won).to(tl.int8)
@@ -187,7 +186,7 @@ def _pool(
 def _unpool(
     d_y, places, x, scale, times, plus, d_x, elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # Rows 2i and 2i + 1 lie in no windows but i and i + 1, columns alike: four places ask four windows.
+    # Rows 2i and 2i + 1 lie only in windows i and i + 1, likewise columns: each 2x2 block needs four windows.
     cell, channel, there, frame, row, column = _cells(elements, height, width, channels, CELLS, BLOCK)
     high, wide = (height + 1) // 2, (width + 1) // 2
     below, beside = there & (row + 1 < high)[:, None], there & (column + 1 < wide)[:, None]
@@ -215,7 +214,7 @@ def _unpool(
 
 @triton.jit
 def _cells(elements, height, width, channels, CELLS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's windows and channels, which of them there are, and the windows' frame, row and column."""
+    """This program's windows and channels, a mask of those that exist, and the windows' frame, row and column."""
     cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = (cell < elements // channels)[:, None] & (channel < channels)[None, :]

@@ -10,9 +10,9 @@ from models.network_blocks import check_widths
 class Expander(nn.Module):
     """Head of linear layers with BN and ReLU between them: `(N, in_dim)` to `(N, exp_dim[-1])`.
 
-    Layers keep PyTorch's initialisation, by which embeddings begin at a standard deviation of 0.3. He's puts it at 0.8,
-    nearer to where the variance term wants it, and then it took twice as long until anything was learned
-    (notebooks/xid-on-grid.md). Raises `UserError` for an `exp_dim` that is no list of widths.
+    Layers keep PyTorch's initialisation, which gives embeddings an initial standard deviation of 0.3. He initialisation
+    gives 0.8, closer to the variance term's target, but then learning took twice as long to start
+    (notebooks/xid-on-grid.md). Raises `UserError` if `exp_dim` is not a list of widths.
     """
 
     def __init__(self, in_dim: int, exp_dim: Sequence[int]) -> None:
@@ -30,7 +30,7 @@ class Expander(nn.Module):
 
 
 class VICRegWrapper(nn.Module):
-    """Video and audio backbone, each with an expander; `out_dim` is the width of an embedding."""
+    """Video and audio backbones, each with an expander; `out_dim` is the embedding dimension."""
 
     def __init__(self, video_model: nn.Module, audio_model: nn.Module, exp_dim: Sequence[int]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class VICRegWrapper(nn.Module):
 
 
 class VICRegVideoWrapper(nn.Module):
-    """One video backbone and one expander for two clips of the same video; `out_dim` is the width of an embedding."""
+    """One video backbone and one expander for two clips of the same video; `out_dim` is the embedding dimension."""
 
     def __init__(self, video_model: nn.Module, exp_dim: Sequence[int]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class VICRegVideoWrapper(nn.Module):
     def forward(self, clip1: Tensor, clip2: Tensor) -> tuple[Tensor, Tensor]:
         """Embed two clips `(N, 3, T, H, W)` of each video: `(N, out_dim)` each.
 
-        The clips pass one after the other, so that BN takes its statistics over each of the two batches by itself.
+        The clips are embedded one after the other, so that BN computes statistics of each batch separately.
         """
         return self._embed(clip1), self._embed(clip2)
 

@@ -13,10 +13,10 @@ class R2Plus1d(nn.Module):
     """R(2+1)D video network (Tran et al. 2018, "A closer look at spatiotemporal convolutions"), `out_dim` 512.
 
     A 3x7x7 stem and four stages of 64, 128, 256 and 512 channels; the last three halve time, height and width. `depth`
-    is 10, 18 or 34; depth 10 has one block a stage, with no index in its names. Raises `UserError` for another depth.
+    is 10, 18 or 34; depth 10 has one block per stage and no block index in names. Raises `UserError` for another depth.
     """
 
-    strides = (8, 32, 32)  # of time, height and width, up to the last stage
+    strides = (8, 32, 32)  # in time, height and width, up to the last stage
 
     def __init__(self, depth: int = 18) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class R2Plus1d(nn.Module):
     def forward(self, video: Tensor, return_embs: bool = False) -> Tensor | dict[str, Tensor]:
         """Map clips `(N, 3, T, H, W)` to the global maximum `(N, 512, 1, 1, 1)` of the last stage.
 
-        With `return_embs` the answer is a dict of `(N, C, T, H, W)` features: `conv1` (after the max-pool), `conv2x`,
-        `conv3x`, `conv4x`, `conv5x` and `pool`. A video in channels_last_3d memory is used as it is; another one is
-        converted, once.
+        With `return_embs`, returns a dict of `(N, C, T, H, W)` features: `conv1` (after the max-pool), `conv2x`,
+        `conv3x`, `conv4x`, `conv5x` and `pool`. Input in channels_last_3d memory is used as is; other input is
+        converted once.
         """
         x = video.contiguous(memory_format=torch.channels_last_3d)
         embs = {}

@@ -1,4 +1,4 @@
-"""Helpers that all tests share: small real media files whose pictures and sound tell their own index and time."""
+"""Helpers shared by all tests: small real media files whose frames and sound encode their index and time."""
 
 import multiprocessing
 import os
@@ -14,11 +14,9 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # Triton's kernels in Python, on a CPU's tensors; read when a kernel is defined
-    )
-torch.set_num_threads(1)  # tests run side by side, and start processes, on few cores
-# seconds of imports once, not in each process; an optimizer imports the second
+    os.environ["TRITON_INTERPRET"] = "1"  # run Triton kernels in Python, on CPU tensors; read when a kernel is defined
+torch.set_num_threads(1)  # tests run in parallel, and start processes, on few cores
+# saves seconds of imports in each process; an optimizer imports the second
 multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "av"])
 
 BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
@@ -40,7 +38,7 @@ def _frame_index(picture: np.ndarray) -> int:
 
 
 def _chirp(times: np.ndarray) -> np.ndarray:
-    """The sound of every file at `times` seconds on its clock: from 300 Hz at 0 s, 400 Hz higher each second."""
+    """The sound of every file at `times` seconds on its clock: 300 Hz at 0 s, rising by 400 Hz per second."""
     return (0.5 * np.sin(2 * np.pi * (300 * times + 200 * times**2))).astype(np.float32)
 
 
@@ -105,9 +103,9 @@ def _make_video(
     options=None,
     container_options=None,
 ):
-    """Write a media file by PyAV; the container follows the name. Frame k shows `frame_index` k (mod 256).
+    """Write a media file with PyAV; its suffix sets the container. Frame k shows `frame_index` k (mod 256).
 
-    Frames lie at video_start + k / fps, or at `vfr_times` (seconds). The sound is `chirp` on the file's clock.
+    Frames are at video_start + k / fps, or at `vfr_times` (seconds). The sound is `chirp` on the file's clock.
     `audio_rate=None`: no audio. `options`: further options of the video encoder, `container_options`
     of the muxer. Returns the path.
     """
@@ -140,19 +138,19 @@ def make_video():
 
 @pytest.fixture(scope="session")
 def frame_index():
-    """The function from an upright picture (H, W, 3) to the index that it shows."""
+    """The function that maps an upright picture (H, W, 3) to the index it shows."""
     return _frame_index
 
 
 @pytest.fixture(scope="session")
 def chirp():
-    """The function from times in seconds to the samples that `make_video` puts there."""
+    """The function that maps times in seconds to the samples that `make_video` writes there."""
     return _chirp
 
 
 @pytest.fixture(scope="session")
 def clips_root():
-    """The folder of real clips that AVSSRL_CLIPS names; without it the test is skipped."""
+    """The folder of real clips named by AVSSRL_CLIPS; without it the test is skipped."""
     root = os.environ.get("AVSSRL_CLIPS")
     if not root or not Path(root).is_dir():
         pytest.skip("AVSSRL_CLIPS is not set to a folder of real clips")
@@ -170,7 +168,7 @@ def videos(tmp_path_factory, make_video):
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """`run_ranks(worker, nprocs, *args)` runs `worker(rank, *args)` in processes and waits for them."""
+    """`run_ranks(worker, nprocs, *args)` runs `worker(rank, *args)` in `nprocs` processes and waits for them."""
 
     def run(worker, nprocs, *args):
         torch.multiprocessing.start_processes(worker, args, nprocs, start_method="forkserver")
@@ -190,5 +188,5 @@ class _NoHostSync(TorchDispatchMode):
 
 @pytest.fixture
 def no_host_sync():
-    """A context in which operations that make the host wait for a device fail, on a CPU too."""
+    """A context in which operations that make the host wait for a device fail, even on a CPU."""
     return _NoHostSync

@@ -1,10 +1,10 @@
-"""Break a run in every way that shared clusters know, and see what becomes of it.
+"""Break a run in the ways that happen on shared clusters, and report the outcome.
 
     python3 -m tests.faults [WORD ...]
 
 Prints a Markdown table: the fault, what happened, and the seconds from the fault to the end of the run. Each run is
-then started again; "nothing lost" means that it ended with the very weights, optimizer and memory bank, bit for bit, of
-a run that nothing happened to.
+then started again; "nothing lost" means that it ended with the weights, optimizer and memory bank of an undisturbed
+run, bit for bit.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Bench:
         return process
 
     def again(self, file: Path, *options: object) -> str:
-        """Start the run again; whether it ended as if nothing had happened."""
+        """Start the run again; report whether it ended like an undisturbed one."""
         run(file, *options)
         lost = differences(self.state(file.stem), self.whole[options])
         return f"different: {', '.join(lost)}" if lost else "nothing lost"
@@ -79,7 +79,7 @@ def is_rank(pid: int) -> bool:
 
 
 def ended(process: subprocess.Popen, limit: float = 60) -> tuple[str, float]:
-    """Wait for the end: exit status and last line, and the seconds it took. A run that hangs is killed and said so."""
+    """Wait for the end; return exit status with last line, and seconds taken. A hanging run is killed and reported."""
     start = time.monotonic()
     try:
         output = process.communicate(timeout=limit)[0]
@@ -115,7 +115,7 @@ def kill_worker(bench: Bench) -> tuple:
 
 
 def ask_to_stop(name: str, number: signal.Signals, send: Callable, *options: object) -> Callable:
-    """The fault of a signal, which `send` (os.kill, os.killpg) brings to one process or to all of a run."""
+    """A fault that sends a signal to one process or, with `send` os.killpg, to all processes of a run."""
 
     def fault(bench: Bench) -> tuple:
         file = bench.config(name)
@@ -209,7 +209,7 @@ FAULTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "words", metavar="WORD", nargs="*", help="only faults whose name has one of these; default: all"
+        "words", metavar="WORD", nargs="*", help="only faults with one of these in their names; default: all"
     )
     words = parser.parse_args().words
     chosen = [name for name in FAULTS if not words or any(word in name for word in words)]

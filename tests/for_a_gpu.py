@@ -1,14 +1,14 @@
-"""What torch.compile makes of a training step for a GPU, compiled on a machine that has none.
+"""Compile a training step for a GPU with torch.compile, on a machine that has none.
 
     python3 -m tests.for_a_gpu [--capability 90] [--out DIR] [CFG ...]
 
-Before a GPU is borrowed for minutes: the network of each configuration is traced here as for a GPU, its graphs are told
-to lie on one, inductor writes its kernels, and Triton compiles each, and our own, to machine code. What fails here
-fails there, after a minute of compilation. Told beside it is about how much the kernels read and write, cuDNN's and our
-own not among them; --out keeps the code that inductor wrote, in which copies can be seen, and what is stored in
-float32. Criterion, preprocessing and optimizer are left out.
+For use before a GPU is borrowed for minutes. The network of each configuration is traced as for a GPU, its graphs are
+marked as being on one, inductor generates its kernels, and Triton compiles these and our own to machine code. What
+fails here fails there, after a minute of compilation. It also estimates how much the kernels read and write, without
+cuDNN's and our own; --out keeps inductor's code, which shows copies and what is stored in float32. Criterion,
+preprocessing and optimizer are skipped.
 
-It leans on what PyTorch keeps to itself, and is run by hand.
+It relies on PyTorch's internals, and is run by hand.
 """
 
 import argparse
@@ -58,14 +58,14 @@ Properties = collections.namedtuple(
 
 
 class Captured(Exception):
-    """Raised in place of running a graph."""
+    """Raised instead of running a graph."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cfgs", metavar="CFG", nargs="*", default=CONFIGS, help="pre-training configurations")
-    parser.add_argument("--capability", type=int, default=90, help="of the GPU: 90 is an H100, 80 an A100")
-    parser.add_argument("--out", type=Path, help="a folder for inductor's code")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability: 90 for an H100, 80 for an A100")
+    parser.add_argument("--out", type=Path, help="folder for inductor's code")
     args = parser.parse_args()
     graphs = {cfg: graphs_of(cfg) for cfg in args.cfgs}
     pretend(args.capability)
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def graphs_of(cfg_file: str) -> list[torch.fx.GraphModule]:
-    """A network's forward and backward graph, in bf16, as torch.compile takes them for a GPU."""
+    """A network's forward and backward graphs in bf16, as torch.compile traces them for a GPU."""
     graphs = []
 
     def keep(graph, inputs):
@@ -96,7 +96,7 @@ def graphs_of(cfg_file: str) -> list[torch.fx.GraphModule]:
     cfg = load_config(cfg_file)
     network_blocks.compiled_for_a_gpu = lambda x: torch.compiler.is_compiling()
     network_blocks.StemConv._channel_group = staticmethod(lambda x: 8)
-    torch._C._conv_determine_backend_memory_format = lambda *args: torch.channels_last  # as cuDNN's, of a CPU's, too
+    torch._C._conv_determine_backend_memory_format = lambda *args: torch.channels_last  # as for cuDNN, on a CPU too
     backend = aot_autograd(
         fw_compiler=keep,
         decompositions=decomposition.select_decomp_table(),
@@ -122,7 +122,7 @@ _stop._boxed_call = True
 
 
 def inputs_of(cfg: dict) -> list[torch.Tensor]:
-    """A batch of clips and of sound in the configuration's shapes, its numbers whatever lay in memory."""
+    """A batch of clips and sound in the configuration's shapes, uninitialised."""
     data = cfg["dataset"]
     batch, size = data["batch_size"], data["crop_size"]
     frames = round(data["video_clip_duration"] * data["video_fps"])
@@ -135,7 +135,7 @@ def inputs_of(cfg: dict) -> list[torch.Tensor]:
 
 
 def pretend(capability: int) -> None:
-    """Let PyTorch and Triton believe in a GPU, as far as writing and compiling kernels goes."""
+    """Make PyTorch and Triton assume a GPU, as far as generating and compiling kernels is concerned."""
     major, minor = divmod(capability, 10)
     memory = (80 << 30, 49152, 232448, 233472) if capability >= 90 else (80 << 30, 49152, 166912, 167936)
     properties = Properties(f"sm_{capability}", major, minor, 132, 2048, 32, 65536, *memory, "", 50 << 20, 1024)
@@ -169,7 +169,7 @@ def pretend(capability: int) -> None:
 
 
 def code_of(graph: torch.fx.GraphModule) -> str:
-    """What inductor writes for a graph that was captured on a CPU, as if it lay on the GPU."""
+    """Inductor's code for a graph that was captured on a CPU, as if it were on the GPU."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def on_gpu(value):
@@ -195,7 +195,7 @@ def code_of(graph: torch.fx.GraphModule) -> str:
 
 
 def compile_ours(capability: int) -> None:
-    """Compile the kernels of models/stem_kernels.py for bf16; raises what Triton raises."""
+    """Compile the kernels of models/stem_kernels.py for bf16; Triton's errors propagate."""
     sizes = dict.fromkeys(("elements", "height", "width", "channels"), "i32")
     constants = {"CELLS": stem_kernels.CELLS, "BLOCK": 64, "RELU": True}
     for kernel in (stem_kernels._pool, stem_kernels._unpool):
@@ -208,9 +208,9 @@ def compile_ours(capability: int) -> None:
 
 
 def bytes_moved(code: str, graph: torch.fx.GraphModule) -> int:
-    """What the kernels that inductor wrote read and write: each tensor that a call is given, once, or twice in place.
+    """Estimate the bytes that inductor's kernels read and write: each tensor argument once, or twice if in place.
 
-    About: what comes from others' kernels is taken for bf16 where the code does not say its type.
+    Outputs of other kernels are assumed to be bf16 if the code does not give their type.
     """
     parameters = {
         kernel: re.findall(r"\w+", line)
@@ -236,7 +236,7 @@ def _elements(shape: str) -> int:
 
 
 def compiles(name: str, source: str) -> bool:
-    """Whether Triton makes machine code of a kernel; why not is told by PyTorch's log."""
+    """Whether Triton compiles a kernel to machine code; if not, PyTorch's log gives the reason."""
     kernel = getattr(PyCodeCache.load(source), name)
     try:
         kernel.precompile(warm_cache_only=True)

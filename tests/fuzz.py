@@ -1,10 +1,10 @@
-"""Damaged copies of real files through the decoder and through `prepare`: nothing may crash, hang or go unnamed.
+"""Run damaged copies of real files through the decoder and `prepare`: none may crash, hang or go unreported.
 
     python3 -m tests.fuzz --root DIR [--count 1000] [--seed 0]
 
-Each copy is read whole, read as a training clip, and prepared, by a worker process that is killed after `--time-
-limit` seconds. It must be decoded, or be named with a reason. Exit status 1 if one crashed, hung or raised anything
-else; those files are kept.
+Each copy is read whole, read as a training clip, and prepared, by a worker process that is killed after
+`--time-limit` seconds. It must be decoded, or reported with a reason. The exit status is 1 if any copy crashed, hung or
+raised another error; those files are kept.
 """
 
 import argparse
@@ -43,11 +43,11 @@ WEIGHTS = np.array([20, 20, 15, 10, 10, 10, 2, 2, 5, 2, 2], dtype=float)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="a folder of real files")
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="damaged files; default: %(default)s")
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="number of copies; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds a file")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="where files that fail are kept")
+    parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds per file")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for files that fail")
     args = parser.parse_args()
     files = sorted(args.root / name for name in find(args.root))
     if not files:
@@ -60,7 +60,7 @@ def main() -> None:
 def fuzz(
     files: Sequence[Path], folder: Path, count: int, seed: int, workers: int, time_limit: float, keep: Path
 ) -> list[str]:
-    """Damage, try, print a Markdown table of outcomes by damage; the lines on what failed."""
+    """Damage files, try them, print a Markdown table of outcomes by damage; return a line per failure."""
     made, started = {}, time.monotonic()
     for i in range(count):
         rng = np.random.default_rng((seed, i))
@@ -122,7 +122,7 @@ def make_damaged(path: Path, source: Path, other: Path, damage: str, rng: np.ran
         head = np.frombuffer(other.read_bytes(), np.uint8)[: rng.integers(16, 5000)]
         data[: len(head)] = head[: len(data)]
     elif damage == "head replaced":
-        at = rng.integers(min(2000, len(data)), size=int(10 ** rng.uniform(0, 2)))  # where sizes and offsets stand
+        at = rng.integers(min(2000, len(data)), size=int(10 ** rng.uniform(0, 2)))  # where sizes and offsets are stored
         data[at] = rng.integers(256, size=len(at))
     elif damage == "empty":
         data = data[:0]
@@ -132,7 +132,7 @@ def make_damaged(path: Path, source: Path, other: Path, damage: str, rng: np.ran
 
 
 def attempt(path: Path) -> dict[str, str]:
-    """Read a file whole, read a clip of it, prepare it: `decoded` or `named`, by what was tried."""
+    """Read a file whole, read a clip of it, prepare it; return `decoded` or `named` for each."""
     target = path.with_name(f"{path.name}.prepared")
     tries = {
         "read whole": lambda: read_clip(path),

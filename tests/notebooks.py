@@ -1,4 +1,4 @@
-"""Runs every notebook in notebooks/ from top to bottom: `make test-notebooks`, or `python3 -m tests.notebooks`.
+"""Run every notebook in notebooks/ from top to bottom: `make test-notebooks`, or `python3 -m tests.notebooks`.
 
 `--store` writes the outputs into the notebooks, as they are kept in the repository. Without it nothing is changed, and
 a stored output larger than a screen is a failure, like a cell that raises.
@@ -33,13 +33,13 @@ def main() -> None:
 
 
 def passes(file: Path, store: bool) -> bool:
-    """Run one notebook, in its own folder as Jupyter does, and say what went wrong."""
+    """Run one notebook, in its own folder as Jupyter does, and print what went wrong."""
     started = time.perf_counter()
     notebook = nbformat.read(file, as_version=4)
     mistakes = [] if store else too_large(notebook)
     client = NotebookClient(
         notebook,
-        timeout=600,  # seconds a cell
+        timeout=600,  # seconds per cell
         kernel_name="python3",
         resources={"metadata": {"path": str(file.parent)}},
         record_timing=False,

@@ -21,7 +21,7 @@ import yaml
 from utils.distributed import _free_port
 
 REPO = Path(__file__).resolve().parents[1]
-PYTHONPATH = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))  # PyAV may come by the second
+PYTHONPATH = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))  # PyAV may be on the second
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 EVERY_STEP = 1e-9  # minutes between checkpoints
@@ -35,7 +35,7 @@ needs_gpu = pytest.mark.skipif(
 
 
 def write_config(folder: Path, videos: Path, name: str = "tiny", script: str = "main-ssl.py", **changes) -> Path:
-    """Write `<folder>/<name>.yaml`, a run into `<folder>/runs/<name>`; `changes` are keys, their dots written as __."""
+    """Write `<folder>/<name>.yaml`, for a run in `<folder>/runs/<name>`; `changes` are keys with __ for dots."""
     arch, dims = HEADS[script]
     cfg = {
         "num_workers": 1,
@@ -91,10 +91,10 @@ def run(
     env: dict[str, str] = ENV,
     **options: object,
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end, which must come with this exit status; several `ranks` run as under torchrun.
+    """Run a script to its end and assert its exit status; several `ranks` run as under torchrun.
 
-    A Python of its own runs what needs one: Python's options in `launcher`, `options` of subprocess.run, another
-    environment (CUDA is lost to the forks of a process that has looked for it).
+    A new Python is started only if needed: for Python's options in `launcher`, `options` of subprocess.run, or another
+    environment (forks of a process that has looked for CUDA cannot use it).
     """
     if options or env is not ENV or launcher and launcher[0].startswith("-"):
         full = command(*arguments, script=script, launcher=launcher)
@@ -106,9 +106,9 @@ def run(
 
 
 class Started:
-    """A script in processes of its own, each the head of a group, as a shell or torchrun starts it.
+    """A script in separate processes, each the leader of a process group, as a shell or torchrun starts it.
 
-    They are forked off one that has imported PyTorch: that saves the seconds which a new Python takes for it.
+    They are forked from a process that has imported PyTorch, which saves the seconds that a new Python takes for it.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Started:
 
     @property
     def running(self) -> bool:
-        """Whether all its processes still run."""
+        """Whether all its processes are still running."""
         return all(process.is_alive() for process in self.processes)
 
     def signal(self, number: int, send: Callable = os.kill) -> None:
@@ -139,7 +139,7 @@ class Started:
             send(process.pid, number)
 
     def wait(self, seconds: float = 300) -> subprocess.CompletedProcess:
-        """Wait for the end of all; what they printed, and their exit status, which must be one."""
+        """Wait for all to end; return their output and exit status, which must be the same for all."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
@@ -155,7 +155,7 @@ class Started:
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
-    """That of each rank, as torchrun sets it; of a process alone the plain one."""
+    """The environment of each rank, as torchrun sets it; for a single process, the plain one."""
     if ranks == 1:
         return [ENV]
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -180,15 +180,15 @@ def _text(file: IO[str]) -> str:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something that another process does."""
+    """Wait until `condition` holds because of another process."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:
-    """The child processes of a process, by Linux's /proc."""
+    """The child processes of a process, from Linux's /proc."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -196,7 +196,7 @@ TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "epoch", "ste
 
 
 def differences(a: dict, b: dict, parts: tuple = TRAINED) -> list[str]:
-    """The parts of two states that are not the same to the bit."""
+    """The parts in which two states are not bit-identical."""
     return [part for part in parts if not _equal(a[part], b[part])]
 
 

@@ -2,12 +2,12 @@
 
     python3 -m utils.benchmark step CFG            # a training step, from the plain form to ours
     python3 -m utils.benchmark inference CFG       # the backbone's forward pass, as in linear evaluation
-    python3 -m utils.benchmark scaling CFG         # 1 to N processes, and the bytes that they exchange
+    python3 -m utils.benchmark scaling CFG         # 1 to N processes, and the bytes they exchange
     python3 -m utils.benchmark bank                # the memory bank over the number of instances
-    python3 -m utils.benchmark loader CFG --root RAW [--prepared DIR]    # files, as they are and prepared
+    python3 -m utils.benchmark loader CFG --root RAW [--prepared DIR]    # reading raw and prepared files
     python3 -m utils.benchmark training CFG --root DIR                   # the loader and the step, alone and together
 
-All but the data of the last two are synthetic. Every figure is measured in the same run.
+All but the last two use synthetic data. All figures of one table are measured in the same run.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import argparse
 from utils.benchmark import bank, inference, loader, scaling, step, training
 from utils.cli import run_script
 
-COMMANDS = {  # each a module with add_arguments(parser) and run(args)
+COMMANDS = {  # modules with add_arguments(parser) and run(args)
     "step": step,
     "inference": inference,
     "scaling": scaling,

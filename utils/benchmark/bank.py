@@ -1,7 +1,7 @@
-"""The memory bank's share of a step, and its memory, over the number of instances.
+"""The memory bank's time per step, and its memory, over the number of instances.
 
-A step here is xID on random embeddings: positives and negatives looked up, loss, backward, rows updated. Numbers of
-instances that do not fit into memory are left out and named.
+A step here is xID on random embeddings: look up positives and negatives, loss, backward, update rows. Numbers of
+instances that do not fit into memory are skipped and listed.
 """
 
 import argparse
@@ -23,25 +23,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 INSTANCES = (50_000, 200_000, 1_000_000, 3_000_000, 10_000_000)
-FREE_SHARE = 0.7  # of the free memory that a bank may take
+FREE_SHARE = 0.7  # share of the free memory that a bank may take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bank`."""
+    """Add the options of `bank`."""
     parser.add_argument("--instances", type=at_least(2), nargs="+", default=INSTANCES, metavar="N")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="of the rows")
     parser.add_argument("--batch-size", type=at_least(1), default=32, metavar="N")
     parser.add_argument("--negatives", type=at_least(1), default=1024, metavar="K")
-    parser.add_argument("--hard", type=at_least(0), default=0, metavar="N_HARD", help="nearest rows sought; 0: none")
+    parser.add_argument("--hard", type=at_least(0), default=0, metavar="N_HARD", help="nearest rows to find; 0: none")
     parser.add_argument("--dim", type=at_least(1), default=128, metavar="D")
-    parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="steps in a round")
-    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds, of which the median counts")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="steps per round")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds; the median is reported")
+    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--png", type=picture, metavar="FILE", help="draw step time and memory")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, write the files that were asked for."""
+    """Measure, print the table and write the requested files."""
     device = default_device()
     print(
         f"xID's step without the network, batch {args.batch_size}, {args.negatives} negatives, {args.hard} hard, "
@@ -115,7 +115,7 @@ def _draw(args: argparse.Namespace, rows: list[dict], device: str) -> None:
         sizes = [row["instances"] for row in own]
         for axes, key in zip(panels, ("ms", "gb"), strict=True):
             axes.plot(sizes, [row[key] for row in own], "o-", color=color, label=dtype)
-    for axes, label in zip(panels, ("ms a step, without the network", "GB, both banks"), strict=True):
+    for axes, label in zip(panels, ("ms per step, without the network", "GB, both banks"), strict=True):
         axes.set(xscale="log", xlabel="instances", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The forms of a training step that the benchmark compares: the plain one, and ours with one thing added at a time."""
+"""The forms of a training step that the benchmark compares: the plain one, then one change added at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ from utils.optim import build_optimizer
 from utils.precision import Precision
 from utils.sync_bn import convert_head_sync_bn, synchronise_bn
 
-INSTANCES = 50_000  # rows of the bank where the YAML gives no number
+INSTANCES = 50_000  # rows of the bank if the YAML gives no number
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way of running the same step; `name` says what it adds to the one before."""
+    """One way to run the same step; `name` says what it adds to the previous one."""
 
     name: str
     precision: str
@@ -43,9 +43,9 @@ class Form:
 
 
 def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
-    """The forms that mean something for this configuration here, and in words those that are left out.
+    """Return the forms that apply to this configuration here, and a line for each skipped one.
 
-    The last one is what the scripts run.
+    The last form is what the scripts run.
     """
     gpu, left_out = device.type == "cuda", []
     form = Form("plain: float32, NCDHW, 3D, unfused Adam", "tf32" if gpu else "fp32")
@@ -58,13 +58,13 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
             left_out.append(f"{name}: left out, {why_not}")
 
     precision = Precision(cfg["precision"], device).name
-    add(precision != form.precision, "it is that of the plain form", f"+ {precision}", precision=precision)
+    add(precision != form.precision, "same as in the plain form", f"+ {precision}", precision=precision)
     add(True, "", "+ channels_last_3d, fused Adam", channels_last=True)
     add(True, "", "+ convolutions and pool in 2D", in_2d=True)
-    has_bank, why = cfg["loss"]["name"] == "xID", "a CPU is the device" if not gpu else "this loss draws none"
+    has_bank, why = cfg["loss"]["name"] == "xID", "the device is a CPU" if not gpu else "this loss draws none"
     add(has_bank and gpu, why, "+ negatives drawn on the device", device_negatives=True)
     forms[-1] = replace(forms[-1], device_negatives=True)
-    why = "PyTorch does so on a GPU" if gpu else "it takes glibc"
+    why = "PyTorch does so on a GPU" if gpu else "it needs glibc"
     add(not gpu and keep_freed_memory(), why, "+ freed memory kept", keeps_memory=True)
     asked = cfg["compile"]
     why = "off on a CPU (--set compile=true)" if asked is None and not gpu else "off or not possible here"
@@ -93,7 +93,7 @@ class HostMemoryBank(MemoryBank):
 
 
 def in_3d(backbone: R2Plus1d, channels_last: bool) -> None:
-    """Let a backbone, in place, compute by 3D convolutions and pooling; without `channels_last` on NCDHW memory."""
+    """Switch a backbone in place to 3D convolutions and pooling, and without `channels_last` to NCDHW memory."""
     for module in backbone.modules():
         if isinstance(module, (SpatialConv, TemporalConv, PointwiseConv, StemConv)):
             module.__class__ = nn.Conv3d
@@ -107,7 +107,7 @@ def in_3d(backbone: R2Plus1d, channels_last: bool) -> None:
 
 
 class Step:
-    """A whole training step in one form: preprocessing, forward, backward, optimizer, bank. A call runs it.
+    """A whole training step in one form: preprocessing, forward, backward, optimizer, bank. Call it to run it.
 
     Args:
         cfg: a pre-training configuration.
@@ -131,15 +131,15 @@ class Step:
         self.optimizer = build_optimizer(cfg["optimizer"], self.model)
         if not form.channels_last:
             for group in self.optimizer.param_groups:
-                group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's choice where none is asked for
+                group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's defaults
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
         self.net = wrap(self.model, form.compiled, device, cfg["gradient_compression"], static=True)
         if form.compiled:
             self.prepare.video.compile(dynamic=False)
 
     def loss(self) -> Tensor:
-        """Preprocessing, forward pass, criterion; xID's bank takes the batch in."""
-        precision = Precision(self.form.precision, self.device)  # sets the process' flags, too
+        """Run preprocessing, forward pass and criterion; xID's bank is updated with the batch."""
+        precision = Precision(self.form.precision, self.device)  # also sets the process' flags
         first, second = self.prepare(self.batch)
         with precision.autocast():
             embeddings = self.net(first, second)
@@ -149,7 +149,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         keep_freed_memory(self.form.keeps_memory)
-        torch.backends.cudnn.benchmark = True  # in all forms: a choice once made for a shape stays
+        torch.backends.cudnn.benchmark = True  # in all forms: the choice for a shape is kept
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
@@ -158,7 +158,7 @@ class Step:
 
 
 def synthetic_batch(cfg: dict, device: torch.device, clips: int | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Noise in the shapes of a loader's batch, on the device; `clips` None: the whole batch of the configuration."""
+    """Noise in the shapes of a loader's batch, on the device; `clips` None: the configured batch size."""
     data, generator = cfg["dataset"], torch.Generator().manual_seed(seed)
     clips = clips or data["batch_size"]
     frames, size = round(data["video_clip_duration"] * data["video_fps"]), data["crop_size"]

@@ -1,6 +1,6 @@
 """The backbone's forward pass as in linear evaluation: eval mode, no gradients, the pooled feature.
 
-CFG is an evaluation's YAML (8 frames of 224 pixels, say) or a pre-training's; rows are as those of `step`.
+CFG is the YAML of an evaluation (e.g. 8 frames of 224 pixels) or a pre-training; rows are as in `step`.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from utils.precision import Precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `inference`."""
+    """Add the options of `inference`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of an evaluation or a pre-training")
-    parser.add_argument("--depth", type=at_least(1), help="of R(2+1)D; default: the YAML's, 18 where it gives none")
+    parser.add_argument("--depth", type=at_least(1), help="depth of R(2+1)D; default: the YAML's, else 18")
     add_measuring_arguments(parser)
 
 
 class Forward:
-    """One form of the forward pass; a call runs it."""
+    """One form of the forward pass; call it to run it."""
 
     def __init__(self, depth: int, form: Form, frames: Tensor, device: torch.device) -> None:
         self.form, self.frames, self.device = form, frames, device
@@ -48,7 +48,7 @@ class Forward:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, write the files that were asked for."""
+    """Measure, print the table and write the requested files."""
     device = default_device()
     cfg = configured(args)
     data = cfg["dataset"]
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def inference_forms(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
-    """The forms that mean something here, and in words those that are left out."""
+    """Return the forms that apply here, and a line for each skipped one."""
     gpu, precision = device.type == "cuda", Precision(cfg["precision"], device).name
     forms, left_out = [Form("plain: float32, NCDHW, 3D", "tf32" if gpu else "fp32")], []
     if precision != forms[0].precision:
         forms.append(Form(f"+ {precision}", precision))
     else:
-        left_out.append(f"+ {precision}: left out, it is that of the plain form")
+        left_out.append(f"+ {precision}: left out, same as in the plain form")
     forms.append(Form("+ channels_last_3d", precision, channels_last=True))
     forms.append(Form("+ convolutions and pool in 2D", precision, channels_last=True, in_2d=True))
     if not gpu and keep_freed_memory():
@@ -75,5 +75,5 @@ def inference_forms(cfg: dict, device: torch.device) -> tuple[list[Form], list[s
     if compiles(cfg["compile"], device):
         forms.append(replace(forms[-1], name="+ torch.compile", compiled=True))
     else:
-        left_out.append("+ torch.compile: left out, off on a CPU (--set compile=true), or not possible here")
+        left_out.append("+ torch.compile: left out, off on a CPU (--set compile=true) or not possible here")
     return forms, left_out

@@ -1,10 +1,10 @@
-"""The loader: clips a second from files, where a clip's time goes, and against a plain way of reading the same clips.
+"""The loader: clips per second from files, time per stage, and a comparison with a plain way to read the same clips.
 
-Every video gives the same training clips (frames, random crop, sound) to each variant, in turns, in a single process:
-`plain` reads the raw files as scripts usually do (every frame decoded from the key frame on, those of the clip made
-PIL images and transformed one by one, the sound decoded from the file's start), `ours, raw` and `ours, prepared` go
-by this project's decoder. Seconds are the process's own CPU time, which other work on the machine changes little.
-Then the project's DataLoader runs an epoch with 1 and with N workers.
+Each variant reads the same training clips (frames, random crop, sound) of every video, in turns, in a single process.
+`plain` reads the raw files as scripts usually do: it decodes every frame from the key frame on, converts those of the
+clip to PIL images, transforms these one by one, and decodes the sound from the file's start. `ours, raw` and
+`ours, prepared` use this project's decoder. Times are the process's CPU time, which other load on the machine hardly
+changes. Then the project's DataLoader runs an epoch with 1 and with N workers.
 """
 
 import argparse
@@ -44,25 +44,25 @@ BATCH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python3 -m utils.benchmark loader`."""
-    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training: it says what a clip is")
+    """Add the options of `python3 -m utils.benchmark loader`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training; it defines the clips")
     parser.add_argument("--root", required=True, help="the raw data set")
-    parser.add_argument("--prepared", metavar="DIR", help="the same, by python3 -m datasets.prepare")
+    parser.add_argument("--prepared", metavar="DIR", help="the same, prepared by python3 -m datasets.prepare")
     parser.add_argument(
-        "--clips", type=at_least(1), default=3, metavar="N", help="clips of each video; default: %(default)s"
+        "--clips", type=at_least(1), default=3, metavar="N", help="clips per video; default: %(default)s"
     )
     parser.add_argument(
-        "--videos", type=at_least(1), default=32, metavar="N", help="at most so many; default: %(default)s"
+        "--videos", type=at_least(1), default=32, metavar="N", help="at most N videos; default: %(default)s"
     )
-    parser.add_argument("--workers", type=at_least(1), default=cores(), metavar="N", help="default: one a core")
+    parser.add_argument("--workers", type=at_least(1), default=cores(), metavar="N", help="default: one per core")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
-    parser.add_argument("--peers", action="store_true", help="torchcodec and decord too, where they are installed")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", type=picture, metavar="FILE", help="draw where the time goes")
+    parser.add_argument("--peers", action="store_true", help="also torchcodec and decord, if installed")
+    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="plot the time per stage")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the tables, write what was asked for."""
+    """Measure, print the tables and write the requested files."""
     torch.set_num_threads(1)
     cfg = load_config(args.cfg, [*args.set, f"dataset.root={args.root}"], "pre-training")
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=True)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     for k in range(args.clips):
         for i, name in enumerate(names):
             clip = draw_clip(Path(args.root) / name, recipe, np.random.default_rng((k, i)))
-            order = list(timers)[:: 1 if (i + k) % 2 else -1]  # no variant always finds the file in the disk's cache
+            order = list(timers)[:: 1 if (i + k) % 2 else -1]  # so that no variant always finds the file cached
             for variant in order:
                 read, root = readers[variant]
                 with timers[variant].video(name):
@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> None:
     )
     print(table(("variant", "clips/s of CPU time", "ratio", "least", "most", *STAGES), [cells(row) for row in rows]))
     print("".join(f"\n{line}" for line in [*absent, *left_out]))
-    print("\nratio: of all clips, then of the video with the least and the most; stages in ms a clip\n")
+    print("\nratio: of all clips, then of the video with the least and the most; stages in ms per clip\n")
     skippable = {name: unreferenced(Path(args.root) / name) for name in names}
     heads = ("raw video", "skippable", *(row["variant"] for row in rows[1:]))
     print(table(heads, [(name, f"{skippable[name]:.0%}", *ratio_cells(rows[1:], name)) for name in names]))
-    print("\nratios by video; skippable: frames of the raw file that no other refers to")
+    print("\nratios by video; skippable: frames of the raw file that no other frame references")
     epochs = [
         epoch(root, names, recipe, workers, variant) for variant, root in roots.items() for workers in counts(args)
     ]
@@ -114,23 +114,23 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class ClipPlace:
-    """One training clip: starts in seconds on the raw file's clock, the crop as shares of the picture."""
+    """One training clip: start times in seconds on the raw file's clock, the crop as fractions of the frame."""
 
     video_start: float
     audio_start: float
     box: tuple[float, float, float, float]  # top, left, height, width
 
     def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The crop in a picture of this size: top, left, height, width."""
+        """The crop in a frame of this size: top, left, height, width."""
         top, left, h, w = (round(share * side) for share, side in zip(self.box, (height, width) * 2, strict=True))
         return top, left, min(h, height - top), min(w, width - left)
 
 
 def with_clips(videos: VideoList, recipe: ClipRecipe, most: int) -> tuple[list[str], list[str]]:
-    """The names of the first so many videos that have a picture and a sound to draw clips from, and why not of others.
+    """Return the names of the first `most` videos that clips can be drawn from, and why others were skipped.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     names, left_out = [], []
     for i in range(len(videos)):
@@ -148,7 +148,7 @@ def with_clips(videos: VideoList, recipe: ClipRecipe, most: int) -> tuple[list[s
 
 
 def draw_clip(path: Path, recipe: ClipRecipe, rng: np.random.Generator) -> ClipPlace:
-    """A clip as pre-training would draw it."""
+    """Draw a clip as pre-training would."""
     with VideoFile(path) as file:
         starts = sampling.audio_visual(
             file.span("video"), file.span("audio"), recipe.video_seconds, recipe.audio_seconds, rng
@@ -174,14 +174,14 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a part of a clip; a part inside another counts for itself alone."""
+        """Time a stage of a clip; the time of a nested stage does not count for the outer one."""
         start, inner = time.process_time(), sum(self.stages.values())
         yield
         self.stages[name] += time.process_time() - start - (sum(self.stages.values()) - inner)
 
 
 class TimedFile(VideoFile):
-    """Our decoder, its conversion to RGB timed by itself."""
+    """Our decoder, with its conversion to RGB timed separately."""
 
     watch: Stopwatch
 
@@ -191,7 +191,7 @@ class TimedFile(VideoFile):
 
 
 def read_ours(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch) -> tuple:
-    """A clip as the project's data sets read it: frames (T, crop, crop, 3) and waveform (L,)."""
+    """Read a clip as the project's data sets do: frames (T, crop, crop, 3) and waveform (L,)."""
     with watch.stage("open"):
         file = TimedFile(path)
         file.watch = watch
@@ -211,7 +211,7 @@ def read_ours(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch)
 
 
 def read_plain(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch) -> tuple:
-    """The same clip as scripts usually read it; the baseline."""
+    """Read the same clip as scripts usually do: the baseline."""
     from PIL import Image
 
     with watch.stage("open"):
@@ -249,7 +249,7 @@ def read_plain(path: Path, clip: ClipPlace, recipe: ClipRecipe, watch: Stopwatch
 
 
 def figures(timers: dict[str, Stopwatch], clips: int) -> list[dict]:
-    """A row a variant: clips a second of CPU time, how many times the plain one's, and the stages in ms a clip."""
+    """One row per variant: clips per second of CPU time, ratio to the plain variant, and the stages in ms per clip."""
     plain = timers["plain, raw"].by_video
     rows = []
     for variant, watch in timers.items():
@@ -270,18 +270,18 @@ def figures(timers: dict[str, Stopwatch], clips: int) -> list[dict]:
 
 
 def cells(row: dict) -> tuple[str, ...]:
-    """A row of the console's table."""
+    """One row of the printed table."""
     ratios = [f"{row[name]:.2f}" for name in ("ratio", "least", "most")]
     return row["variant"], f"{row['clips_per_s']:.1f}", *ratios, *(f"{ms:.1f}" for ms in row["stages_ms"].values())
 
 
 def ratio_cells(rows: list[dict], name: str) -> list[str]:
-    """One video's ratios, a cell a variant."""
+    """One video's ratios, one cell per variant."""
     return [f"{row['ratio_by_video'][name]:.2f}" for row in rows]
 
 
 def unreferenced(path: Path) -> float:
-    """The share of a file's frames that no other frame refers to, which its decoder can leave out."""
+    """The share of a file's frames that no other frame references, which its decoder can skip."""
     with av.open(str(path), **ANY_METADATA) as file:
         stream = file.streams.video[0]
         stream.thread_type, stream.codec_context.skip_frame = "NONE", "NONREF"
@@ -298,7 +298,7 @@ def counts(args: argparse.Namespace) -> list[int]:
 
 
 def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, variant: str) -> dict:
-    """An epoch of the DataLoader: clips a second once it runs, time to the first batch, memory of the workers."""
+    """Run an epoch of the DataLoader: clips per second after the first batch, time to that, memory of the workers."""
     clips = TrainingClips(VideoList(root, names), recipe, max(1, 16 * BATCH // len(names)), seed=0)
     batches = EpochBatches(len(clips), BATCH)
     loader = make_loader(clips, workers, batch_sampler=batches, collate_fn=collate)
@@ -334,7 +334,7 @@ def private_memory(pid: int) -> float:
 
 
 def draw(rows: list[dict], file: str) -> None:
-    """A bar a variant: where a clip's time goes."""
+    """Draw one bar per variant: a clip's time by stage."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="constrained")
@@ -348,7 +348,7 @@ def draw(rows: list[dict], file: str) -> None:
         axis.text(
             end, row["variant"], f" {row['clips_per_s']:.1f} clips/s, {row['ratio']:.1f} x", va="center", fontsize=8
         )
-    axis.set(xlabel="ms of one core a clip", xlim=(0, 1.25 * left.max()))
+    axis.set(xlabel="ms of one core per clip", xlim=(0, 1.25 * left.max()))
     axis.invert_yaxis()
     axis.legend(fontsize=8, ncols=3, loc="lower right")
     save_figure(figure, file)

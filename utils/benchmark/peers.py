@@ -1,6 +1,7 @@
-"""Other decoders on the loader benchmark's clips, where they are installed: torchcodec, decord.
+"""Other decoders for the loader benchmark, if installed: torchcodec, decord.
 
-Each reads single clips as its manual says, with one thread; cropping and resizing are ours, so that decoders compare.
+Each reads single clips as its manual recommends, with one thread. Cropping and resizing are ours, so that decoders are
+comparable.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from datasets.video_dataset import ClipRecipe
 
 
 def installed() -> tuple[dict[str, Callable], list[str]]:
-    """The readers by name, and the packages that are not there or do not load, with the reason."""
+    """Return the readers by name, and why each other package is unavailable."""
     found, absent = {}, []
     for package, name, read in (
         ("torchcodec", "torchcodec", read_torchcodec),
@@ -34,7 +35,7 @@ def installed() -> tuple[dict[str, Callable], list[str]]:
 
 
 def read_torchcodec(path: Path, clip: object, recipe: ClipRecipe, watch: object) -> tuple:
-    """A clip by torchcodec: frames (1, T, crop, crop, 3) and waveform (1, L)."""
+    """Read a clip with torchcodec: frames (1, T, crop, crop, 3) and waveform (1, L)."""
     from torchcodec.decoders import AudioDecoder, VideoDecoder
 
     with watch.stage("open"):
@@ -52,7 +53,7 @@ def read_torchcodec(path: Path, clip: object, recipe: ClipRecipe, watch: object)
 
 
 def read_decord(path: Path, clip: object, recipe: ClipRecipe, watch: object) -> tuple:
-    """A clip's frames by decord, (1, T, crop, crop, 3); no sound, which decord only reads whole."""
+    """Read a clip's frames with decord, (1, T, crop, crop, 3); no sound, which decord can only read whole."""
     import decord
 
     with watch.stage("open"):

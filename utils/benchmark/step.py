@@ -1,9 +1,9 @@
-"""The time of a whole training step, from the plain form to ours, one thing added a row.
+"""The time of a whole training step, from the plain form to ours, with one change added per row.
 
-A step is device preprocessing, forward, backward, optimizer and bank, on a synthetic batch that lies on the device. All
-rows run the same batch in the same process, in turns. The plain form: float32 (on a GPU with TF32), 3D convolutions on
-NCDHW memory, negatives drawn on the CPU, Adam not fused and, on a CPU, freed memory given back to the system. In all
-rows the audio network is the same, and cuDNN chooses its kernels by timing.
+A step is device preprocessing, forward, backward, optimizer and bank, on a synthetic batch on the device. All rows run
+the same batch in the same process, in turns. The plain form: float32 (TF32 on a GPU), 3D convolutions on NCDHW memory,
+negatives drawn on the CPU, unfused Adam and, on a CPU, freed memory returned to the system. In all rows the audio
+network is the same, and cuDNN chooses its kernels by timing.
 """
 
 import argparse
@@ -52,34 +52,34 @@ COLUMNS = (
     "s first",
 )
 LEGEND = """\
-ratio: clips/s over the plain form's. TFLOP/s: convolutions and matrix products counted in the plain form over the time.
-of ceiling: of the square matrix product measured here in the row's number format. GB moved: inputs and outputs of each
-operator once, no views (unfused; not counted for a compiled step). of copy: that per second, of a copy's bandwidth.
-GB peak: of GPU memory, other rows' models left out; not on a CPU. s first: the first call, with compilation."""
+ratio: clips/s over the plain form's. TFLOP/s: convolutions and matrix products, counted in the plain form, over time.
+of ceiling: TFLOP/s relative to square matrix products in the row's precision, measured here. GB moved: inputs and
+outputs of each operator once, without views (unfused; not counted for a compiled step). of copy: GB moved per second as
+a share of a copy's bandwidth. GB peak: GPU memory without other rows' models. s first: first call, with compilation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `step`."""
+    """Add the options of `step`."""
     parser.add_argument("cfg", metavar="CFG", help="YAML of an xID or VICReg pre-training")
     add_measuring_arguments(parser)
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `step` and `inference` share."""
+    """Add the options shared by `step` and `inference`."""
     parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="clips; default: the YAML's")
     parser.add_argument("--crop", type=at_least(1), metavar="N", help="pixels; default: the YAML's")
-    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps of a variant in a round")
-    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds, of which the median counts")
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps per variant and round")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds; the median is reported")
     parser.add_argument(
-        "--top-kernels", type=at_least(0), default=0, metavar="N", help="the N slowest kernels of the last row"
+        "--top-kernels", type=at_least(0), default=0, metavar="N", help="list the N slowest kernels of the last row"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", type=picture, metavar="FILE", help="draw clips a second")
+    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw clips per second")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
 
 
 def configured(args: argparse.Namespace) -> dict:
-    """The configuration with the sizes that the command line gives."""
+    """Load the configuration, with sizes from the command line."""
     cfg = load_config(args.cfg, args.set)
     cfg["dataset"]["batch_size"] = args.batch_size or cfg["dataset"]["batch_size"]
     cfg["dataset"]["crop_size"] = args.crop or cfg["dataset"]["crop_size"]
@@ -87,11 +87,11 @@ def configured(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, write the files that were asked for."""
+    """Measure, print the table and write the requested files."""
     device = default_device()
     cfg = configured(args)
     if "benchmark" in cfg:
-        raise UserError(f"{args.cfg}: configures an evaluation; for that: python3 -m utils.benchmark inference")
+        raise UserError(f"{args.cfg}: configures an evaluation; use python3 -m utils.benchmark inference")
     batch = synthetic_batch(cfg, device)
     forms, left_out = forms_of(cfg, device)
     rows, failed = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
@@ -100,18 +100,18 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass
 class Row:
-    """A variant and what was measured of it."""
+    """A variant and its measurements."""
 
     form: Form
     run: Run
     first_s: float = 0.0  # seconds of the first call, compilation included
-    static: int = 0  # bytes on the device that it holds between calls
+    static: int = 0  # device bytes held between calls
     timing: Timing | None = None
     moved: int | None = None  # bytes
     peak: float | None = None  # GB
 
     def figures(self, plain: "Row", clips: int, flops: int, ceiling: float, bandwidth: float) -> dict:
-        """What the report says of it."""
+        """The figures for the report."""
         seconds = self.timing.median
         return {
             "variant": self.form.name,
@@ -131,12 +131,12 @@ class Row:
 def first_calls(
     forms: Iterable[Form], build: Callable[[Form], Callable[[], Tensor]], device: torch.device
 ) -> tuple[list[Row], list[str]]:
-    """A row for each form, which `build` makes a call of, and in words those that could not be compiled.
+    """Build each form and time its first call; return the rows, and a line for each that could not be compiled.
 
-    A first call's time is told at once: compiling takes long.
+    The time of a first call is printed at once: compiling takes long.
 
     Raises:
-        RunFailed: a form computes what is not finite.
+        RunFailed: the result of a form is not finite.
     """
     rows, failed = [], []
     for form in forms:
@@ -157,10 +157,10 @@ def first_calls(
 
 
 def check_finite(name: str, run: Callable[[], Tensor]) -> None:
-    """Call a step that was called before: its loss shows what the gradients were.
+    """Call a step that was called before: its loss reflects the gradients of the first call.
 
     Raises:
-        RunFailed: it is not finite. How fast that is computed is no one's question.
+        RunFailed: the result is not finite, so that timing it is pointless.
     """
     if not run().isfinite().all():
         raise RunFailed(f"{name}: after the first call, what it computes is not finite; nothing was measured")
@@ -169,7 +169,7 @@ def check_finite(name: str, run: Callable[[], Tensor]) -> None:
 def measure_and_report(
     args: argparse.Namespace, cfg: dict, device: torch.device, rows: list[Row], left_out: list[str], what: str
 ) -> None:
-    """Count, time the rows in turns, print their table, write JSON and chart."""
+    """Count operations, time the rows in turns, print their table, write JSON and chart."""
     flops = count_flops(rows[0].run)
     for row in rows:
         row.moved = None if row.form.compiled else count_bytes(row.run)
@@ -187,7 +187,7 @@ def measure_and_report(
     print(f"\n{LEGEND}")
     named = ", ".join(f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in ceilings.items())
     print(f"measured here: matrix products {named}; copy {bandwidth / 1e9:.3g} GB/s")
-    print(f"counted: {flops / clips / 1e9:.4g} GFLOP a clip")
+    print(f"counted: {flops / clips / 1e9:.4g} GFLOP per clip")
     for line in left_out:
         print(line)
     kernels = top_kernels(rows[-1].run, device, args.top_kernels) if args.top_kernels else []
@@ -223,7 +223,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -232,12 +232,12 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes in use on a GPU; 0 for a CPU, whose allocator does not tell."""
+    """Bytes in use on a GPU; 0 on a CPU, whose allocator does not report them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _peak(row: Row, device: torch.device) -> float | None:
-    """GB at the peak of a call, of what this variant holds alone."""
+    """Peak memory of a call in GB, counting only this variant."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, counting operations and bytes, the machine's ceilings, tables, charts."""
+"""Shared by the benchmarks: timing in turns, counting operations and bytes, the machine's ceilings, tables, charts."""
 
 import json
 import platform
@@ -25,7 +25,7 @@ Run = Callable[[], object]
 
 @dataclass
 class Timing:
-    """Seconds a step of one variant, one number a round."""
+    """Seconds per step of one variant, one number per round."""
 
     rounds: list[float]
 
@@ -35,10 +35,10 @@ class Timing:
 
 
 def time_in_turns(runs: Sequence[Run], steps: int, rounds: int, device: torch.device) -> list[Timing]:
-    """Time `steps` calls of each run, round after round, so that a slow spell of the machine hits all of them alike.
+    """Time `steps` calls of each run, round after round, so that a slow phase of the machine affects all alike.
 
-    Each run is called once before, untimed, and once at the beginning of each of its turns: what the run before left in
-    caches and in the allocator is not its doing. On a GPU the host waits at the beginning and the end of a turn alone.
+    Each run is called once, untimed, before the first round and before each of its turns, so that what the previous run
+    left in caches and in the allocator does not count. On a GPU the host waits only at the beginning and end of a turn.
     """
     for run in runs:
         run()
@@ -56,7 +56,7 @@ def time_in_turns(runs: Sequence[Run], steps: int, rounds: int, device: torch.de
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -68,18 +68,18 @@ def count_flops(run: Run) -> int:
     return counter.get_total_flops()
 
 
-FREE = ("empty", "_unsafe_view")  # operators whose names hold these move nothing
+FREE = ("empty", "_unsafe_view")  # operators with these in their names move nothing
 OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")  # these do not read what they write
-LOOKS_UP = ("index", "index_select", "gather", "embedding")  # these read no more of their first input than they answer
+LOOKS_UP = ("index", "index_select", "gather", "embedding")  # these read no more of their first input than they return
 SETS_ROWS = ("index_copy_", "index_put_", "_index_put_impl_", "scatter_")  # these write no more than they are given
-ROWS = ("source", "values", "src")  # what the arguments with the given rows are called
+ROWS = ("source", "values", "src")  # names of the arguments with the given rows
 
 
 class ByteCounter(TorchDispatchMode):
-    """Adds up the bytes that operators move: each reads its inputs once, writes its outputs once.
+    """Adds up the bytes that operators move: each reads its inputs once and writes its outputs once.
 
-    Views and allocations cost nothing, rows looked up or set in a large tensor only themselves. It is what unfused
-    operators must at least move; caches save some of it, and what a kernel reads twice comes on top.
+    Views and allocations cost nothing; looking up or setting rows of a large tensor costs only these rows. This is the
+    minimum for unfused operators: caches save some of it, and what a kernel reads twice is extra.
     """
 
     def __init__(self) -> None:
@@ -120,17 +120,17 @@ def _nbytes(values: object) -> int:
 
 
 def count_bytes(run: Run) -> int:
-    """What `ByteCounter` adds up in one call."""
+    """Bytes that one call moves, by `ByteCounter`."""
     with ByteCounter() as counter:
         run()
     return counter.bytes
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Adds up, by kind, the bytes that this process hands to collective calls, and how many calls there are.
+    """Counts, by kind, the collective calls of this process and the bytes passed to them.
 
-    `wire` is what it must at least send: with W processes 2 (W - 1) / W of an all-reduce's bytes, (W - 1) / W of what
-    an all-gather or an all-to-all ends up with.
+    `wire` is the minimum that it must send: with W processes, 2 (W - 1) / W of an all-reduce's bytes, and (W - 1) / W
+    of the output of an all-gather or an all-to-all.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -154,7 +154,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def matrix_ceiling(device: torch.device, precision: str, seconds: float = 0.5) -> float:
-    """The most FLOP/s that square matrix products in a number format (fp32, tf32, bf16, fp16) reach here."""
+    """The highest FLOP/s of square matrix products in a precision (fp32, tf32, bf16, fp16) on this device."""
     size = 8192 if device.type == "cuda" else 1024
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
@@ -163,7 +163,7 @@ def matrix_ceiling(device: torch.device, precision: str, seconds: float = 0.5) -
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
-    """Bytes a second of a large copy on the device, reading and writing counted."""
+    """Bytes per second of a large copy on the device, counting reads and writes."""
     size = 1 << (30 if device.type == "cuda" else 27)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -171,7 +171,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def _fastest(run: Run, device: torch.device, seconds: float) -> float:
-    """The shortest of at least five calls, over about so many seconds."""
+    """Time of the fastest of at least five calls, repeated for about `seconds`."""
     run()
     times, deadline = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < deadline:
@@ -184,7 +184,7 @@ def _fastest(run: Run, device: torch.device, seconds: float) -> float:
 
 
 def top_kernels(run: Run, device: torch.device, count: int, steps: int = 3) -> list[dict]:
-    """The operators or kernels that take the most time of their own: `name`, `ms` a step, `calls` a step."""
+    """The operators or kernels with the most self time: `name`, `ms` per step, `calls` per step."""
     cuda = device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
@@ -198,7 +198,7 @@ def top_kernels(run: Run, device: torch.device, count: int, steps: int = 3) -> l
 
 
 def machine(device: torch.device) -> dict:
-    """What was measured on: the device's name, threads, versions."""
+    """Describe the machine: device name, threads, versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -216,7 +216,7 @@ def _processor() -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text under their columns, the first aligned left, the others right."""
+    """Format rows of text under column headers, the first column aligned left, the others right."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -227,7 +227,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequence[float], unit: str) -> None:
-    """Horizontal bars, the first on top, each with its value and its ratio to the first."""
+    """Draw horizontal bars, the first on top, each with its value and its ratio to the first."""
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.45 * len(names)), layout="constrained")
     bars = axes.barh(range(len(names)), values, color=["#9aa5b1", *["#2f6f9f"] * (len(names) - 1)])
     axes.bar_label(bars, [f"{value:.3g}  ({value / values[0]:.2f}x)" for value in values], padding=4)
@@ -242,7 +242,7 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
 
 
 def write_json(file: str | Path, report: dict) -> None:
-    """The report as JSON; dataclasses as dicts, paths as text."""
+    """Write the report as JSON; dataclasses as dicts, paths as text."""
 
     def plain(value: object) -> object:
         return asdict(value) if is_dataclass(value) else str(value)

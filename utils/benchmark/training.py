@@ -1,9 +1,8 @@
-"""Files through the real loader into the real step: clips a second of each alone and of both, and how they overlap.
+"""The real loader and the real step: clips per second of each alone and of both together, and how they overlap.
 
-The loader alone hands out batches that nothing is done with; the step alone trains on one batch that lies on the
-device; together is what a script does. Training is limited by the slower of the two: the share of its speed that both
-together reach says what their overlap costs. (On a CPU the two take the cores from each other, and that share means
-little.) Nothing is saved.
+The loader alone produces batches that are discarded; the step alone trains on one batch on the device; both together
+do what a script does. Training is limited by the slower of the two: the share of its speed that both together reach
+shows the cost of their overlap. (On a CPU the two compete for cores, so that share means little.) Nothing is saved.
 """
 
 import argparse
@@ -28,25 +27,25 @@ from utils.prefetch import prefetch
 from utils.trial import attempt, uncompile
 
 WARM_UP = 3  # steps before each measurement: compilation, cuDNN's choices, full queues
-SHOWN = 12  # steps in the picture
+SHOWN = 12  # steps in the plot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `training`."""
-    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training; num_workers are its own")
+    """Add the options of `training`."""
+    parser.add_argument("cfg", metavar="CFG", help="YAML of a pre-training; sets num_workers too")
     parser.add_argument("--root", help="the data set; default: the YAML's")
     parser.add_argument(
-        "--steps", type=at_least(2), default=30, metavar="N", help="steps of each kind; default: %(default)s"
+        "--steps", type=at_least(2), default=30, metavar="N", help="steps per measurement; default: %(default)s"
     )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
-    parser.add_argument("--json", metavar="FILE", help="write all figures, the times of each step too")
-    parser.add_argument("--png", type=picture, metavar="FILE", help="draw when host and device wait, queue and compute")
-    parser.add_argument("--trace", metavar="FILE", help="write a trace of some steps by torch.profiler, for Perfetto")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, with the times of each step")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="plot when host and device wait, queue and compute")
+    parser.add_argument("--trace", metavar="FILE", help="write a torch.profiler trace of some steps, for Perfetto")
 
 
 @dataclass
 class Times:
-    """One step, in seconds since the first: the batch asked for, there, and the step queued; the device at work."""
+    """One step, in seconds since the first: batch requested and received, step queued, device begins and ends."""
 
     asked: float
     there: float
@@ -56,7 +55,7 @@ class Times:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, write what was asked for."""
+    """Measure, print the table and write the requested files."""
     device = default_device()
     root = [f"dataset.root={args.root}"] if args.root else []
     cfg = load_config(args.cfg, [*args.set, *root], "pre-training")
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         step()
     check_finite(args.cfg, step)
     alone = {"step": seconds(step, args.steps, device)}
-    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):  # what has queued up in the meantime
+    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):  # batches queued in the meantime
         next(batches)
     alone["loader"] = seconds(lambda: next(batches), args.steps, device)
     for _ in range(WARM_UP):
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
-    """Batches, epoch after epoch.
+    """Yield batches, epoch after epoch.
 
     Raises:
         UserError: a batch holds a clip for which no video could be read.
@@ -115,7 +114,7 @@ def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
 
 
 def one_step(step: Step, batches: Iterator[dict]) -> Times:
-    """Take the next batch and train on it; host times."""
+    """Train on the next batch; return the host times."""
     asked = time.perf_counter()
     step.batch = next(batches)
     there = time.perf_counter()
@@ -124,7 +123,7 @@ def one_step(step: Step, batches: Iterator[dict]) -> Times:
 
 
 def seconds(call: Run, steps: int, device: torch.device) -> float:
-    """How long a call takes, the mean of many in a row."""
+    """Mean seconds per call over `steps` calls in a row."""
     wait(device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -134,7 +133,7 @@ def seconds(call: Run, steps: int, device: torch.device) -> float:
 
 
 def timeline(train: Callable[[], Times], steps: int, device: torch.device) -> tuple[list[Times], float]:
-    """So many steps in a row: their times, and the seconds a step. On a CPU the device works while the host does."""
+    """Times of `steps` steps in a row, and seconds per step. On a CPU the device works while the host queues."""
     wait(device)
     start, events, times = time.perf_counter(), [], []
     for _ in range(steps):
@@ -150,7 +149,7 @@ def timeline(train: Callable[[], Times], steps: int, device: torch.device) -> tu
     for i, t in enumerate(times):
         t.asked, t.there, t.queued = (moment - start for moment in (t.asked, t.there, t.queued))
         t.begun, t.done = t.there, t.queued
-        if events:  # what lies between two events on the device, placed so that the last ends with the measurement
+        if events:  # device time between events, shifted so that the last event ends with the measurement
             offset = end - start - events[0].elapsed_time(events[-1]) / 1e3
             t.begun = max(t.there, offset + events[0].elapsed_time(events[i]) / 1e3)
             t.done = offset + events[0].elapsed_time(events[i + 1]) / 1e3
@@ -158,7 +157,7 @@ def timeline(train: Callable[[], Times], steps: int, device: torch.device) -> tu
 
 
 def draw(times: list[Times], device: torch.device, title: str, file: str) -> None:
-    """A row each for waiting and queueing on the host and computing on the device, over time."""
+    """Plot over time, one row each: the host waiting, the host queueing, the device computing."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 2.4), layout="constrained")
@@ -177,7 +176,7 @@ def draw(times: list[Times], device: torch.device, title: str, file: str) -> Non
 
 
 def record_trace(train: Run, device: torch.device, file: str) -> None:
-    """Write what host and device do in some steps, as JSON that chrome://tracing and Perfetto show."""
+    """Write a trace of host and device over some steps, as JSON for chrome://tracing and Perfetto."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
     with torch.profiler.profile(activities=activities) as profile:
