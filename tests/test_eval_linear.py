@@ -129,7 +129,7 @@ def test_features_are_kept_for_what_they_were_made_of_alone(cfgs, monkeypatch):
     monkeypatch.setattr(script, "stored_clip_outputs", lambda cache, meaning, *rest: keys.add(json.dumps(meaning)))
     file = cfgs()[0]
     videos = build_labelled(load_config(file), "train", 1, allow_missing=False)[0]
-    clips = ({}, {"augment": True}, {"random": 2}, {"even": 3})
+    clips = ({}, {"augment": True}, {"num_random": 2}, {"num_dense": 3})
     requests = [("a", videos, (), options) for options in clips]
     requests += [("b", videos, (), {}), ("a", videos.subset(range(4)), (), {})]
     changes = ("seed=1", "precision=bf16", "dataset.crop_size=48", "model.args.feat_names=[conv4x]")
