@@ -1,1 +1,1 @@
-"""What scripts, models, data sets and criterions share. Of what is here only commands, which measure, import them."""
+"""Code shared by scripts, models, data sets and criterions; only the measuring commands here import any of those."""

@@ -1,4 +1,4 @@
-"""Videos that could not be decoded: counted, named in a file, bounded."""
+"""Videos that could not be decoded: counted, listed in a file, limited per epoch."""
 
 import csv
 import io
@@ -13,12 +13,12 @@ log = logging.getLogger("avssrl")
 
 
 class BadVideos:
-    """The failures of a run, in `<folder>/bad-videos.csv` (file, reason, count).
+    """Decoding failures of a run, written to `<folder>/bad-videos.csv` (file, reason, count).
 
     Args:
-        folder: the run's.
-        most: share of an epoch's samples that may fail.
-        samples: samples in an epoch, over all processes.
+        folder: the run's folder.
+        most: fraction of an epoch's samples that may fail.
+        samples: samples per epoch, over all processes.
     """
 
     def __init__(self, folder: Path, most: float, samples: int) -> None:
@@ -29,10 +29,10 @@ class BadVideos:
         self._epoch, self._in_epoch = 0, 0
 
     def record(self, batch: dict) -> None:
-        """Note a batch's failures.
+        """Record a batch's failures.
 
         Raises:
-            UserError: a sample has nothing but failures: none of the videos that were tried for it could be read.
+            UserError: none of the videos tried for a sample could be read.
         """
         self._pending += batch["failures"]
         if "frames" not in batch:
@@ -41,10 +41,10 @@ class BadVideos:
             raise UserError(f"no readable video: {len(batch['failures'])} in a row failed; last {name}: {reason}")
 
     def collect(self, epoch: int) -> int:
-        """Bring the failures of all ranks together; every rank must call it. Returns the epoch's count.
+        """Collect the failures of all ranks and return the epoch's count. Every rank must call it.
 
         Raises:
-            UserError: more than the allowed share of the epoch's samples failed.
+            UserError: more than the allowed fraction of the epoch's samples failed.
         """
         pending = [failure for failures in gather_objects(self._pending) for failure in failures]
         self._pending = []
@@ -60,11 +60,11 @@ class BadVideos:
         return self._in_epoch
 
     def state_dict(self) -> dict:
-        """For the checkpoint."""
+        """State for the checkpoint."""
         return {"counts": self._counts, "epoch": self._epoch, "in_epoch": self._in_epoch}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting where a checkpoint left off."""
+        """Resume counting from a checkpoint."""
         self._counts = {name: list(entry) for name, entry in state["counts"].items()}
         self._epoch, self._in_epoch = state["epoch"], state["in_epoch"]
 
@@ -73,7 +73,7 @@ class BadVideos:
             return
         for name, reason in failures:
             if name not in self._counts:
-                log.warning("bad video, another takes its place: %s: %s", name, reason)
+                log.warning("bad video, replaced by another: %s: %s", name, reason)
             entry = self._counts.setdefault(name, [reason, 0])
             entry[1] += 1
         text = io.StringIO(newline="")

@@ -1,6 +1,6 @@
-"""Checkpoints: written so that a crash at any moment leaves a good one, read so that nothing is half loaded.
+"""Checkpoints: a crash at any moment leaves a good one on disk, and nothing is ever loaded partially.
 
-`RunCheckpoints` is what a script uses; the functions below it know nothing of runs.
+Scripts use `RunCheckpoints`; the functions below it are independent of runs.
 """
 
 import logging
@@ -26,10 +26,10 @@ from utils.errors import UserError, lost_worker
 log = logging.getLogger("avssrl")
 
 LATEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint-previous.pth.tar"
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
-AVID_PREFIXES = {"spt_": "spatial_", "tmp_": "temporal_"}  # AVID-CMA's names of layers in a block, and ours
-OF_A_RUN = {"config", "videos", "world_size"}  # by which a state of ours is told from weights alone
-UNREADABLE = (  # what torch.load raises for bytes that torch.save did not write, in its older format anything
+WRAPPERS = ("module.", "_orig_mod.")  # name prefixes added by DDP and torch.compile
+AVID_PREFIXES = {"spt_": "spatial_", "tmp_": "temporal_"}  # layer names in a block: AVID-CMA's, ours
+OF_A_RUN = {"config", "videos", "world_size"}  # keys that distinguish our run checkpoints from bare weights
+UNREADABLE = (  # raised by torch.load for bytes not written by torch.save; the older format may raise anything
     OSError,
     RuntimeError,
     EOFError,
@@ -45,7 +45,7 @@ UNREADABLE = (  # what torch.load raises for bytes that torch.save did not write
 State = TypeVar("State")
 
 
-FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go on under other values
+FREE_TO_CHANGE = (  # keys that may change when a run resumes, as they do not alter its meaning
     "resume",
     "test_only",
     "num_workers",
@@ -68,13 +68,13 @@ FREE_TO_CHANGE = (  # keys that leave a run's meaning alone, so that it may go o
 
 
 class RunCheckpoints:
-    """A run's checkpoints: when to save, what a state holds, whether a stored one fits what is asked for now.
+    """A run's checkpoints: when to save, what to store, whether a stored one matches the current run.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         config: the resolved configuration.
-        videos: fingerprint of the training list, to which the rows of a memory bank belong.
-        steps: of an epoch.
+        videos: fingerprint of the training list, which indexes the rows of a memory bank.
+        steps: steps per epoch.
     """
 
     def __init__(self, folder: Path, config: dict, videos: str, steps: int) -> None:
@@ -84,13 +84,13 @@ class RunCheckpoints:
         self._latest_damaged = False
 
     def latest(self) -> dict | None:
-        """The state to go on from, or with `test_only` to measure; None for a new run, or one with `resume: false`.
+        """The state to resume from, or with `test_only` to measure; None for a new run or with `resume: false`.
 
-        Every rank must call it, and finds the same.
+        Every rank must call it and gets the same state.
 
         Raises:
-            UserError: it was made under another configuration or on other videos, is damaged, or is to be measured and
-                is not there; or the ranks found different ones.
+            UserError: the checkpoint has another configuration or other videos, is damaged, or is missing with
+                `test_only`; or the ranks found different ones.
         """
         return agreed(self.folder, self._latest, lambda state: f"epoch {state['epoch']}, step {state['step']}")
 
@@ -105,26 +105,26 @@ class RunCheckpoints:
         state, path = found
         if not state.keys() >= OF_A_RUN:
             raise UserError(
-                f"{path}: holds weights, not a run of these scripts to go on with; start from them by "
-                f"model.args.checkpoint={path} in a run of another model.name"
+                f"{path}: holds weights, not a run that can be resumed; start from them with "
+                f"model.args.checkpoint={path} in a run with another model.name"
             )
         self._latest_damaged = path.name == PREVIOUS
         changes = _changes(state.get("config", {}), self.config)
         if changes:
             raise UserError(
-                f"{path}: was made under another configuration ({_few(changes)}); go back to that one, or give "
-                "the run another model.name, or start it anew with --set resume=false"
+                f"{path}: was made with another configuration ({_few(changes)}); restore that one, give the run "
+                "another model.name, or start from scratch with --set resume=false"
             )
         if state["videos"] != self.videos:
             raise UserError(
-                f"{path}: was trained on list {state['videos']} of videos, and the one found now is {self.videos}: "
-                "files were added, removed or renamed, and the memory bank would not fit; restore them, or give the "
-                "run another model.name"
+                f"{path}: was trained on video list {state['videos']}, but the list is now {self.videos}: files were "
+                "added, removed or renamed, and the memory bank would not match; restore them, or give the run "
+                "another model.name"
             )
-        if state.get("steps", self.steps) != self.steps:  # older ones did not say
+        if state.get("steps", self.steps) != self.steps:  # older checkpoints lack it
             raise UserError(
                 f"{path}: on {state['world_size']} processes its epochs had {state['steps']} steps, on {world_size()} "
-                f"they have {self.steps}, for the smaller last batch does not divide among them; take another number"
+                f"they have {self.steps}: the smaller last batch does not divide among them; use another number"
             )
         log.info("going on from %s: epoch %d, step %d", path, state["epoch"], state["step"])
         if state["world_size"] != world_size():
@@ -142,7 +142,7 @@ class RunCheckpoints:
         return any_rank(self.due()) or asked or epoch in optimizer["lr"]["milestones"]
 
     def save(self, stateful: Mapping[str, Any], keep_as: str | None = None, **values: object) -> None:
-        """Rank 0 saves each `state_dict` under its name, and the `values` (epoch, step, ...) as they are.
+        """Save each `state_dict` under its name, and the `values` (epoch, step, ...) as they are, on rank 0.
 
         Every rank must call it.
         """
@@ -160,10 +160,10 @@ class RunCheckpoints:
             self._drop_old()
 
     def save_epoch(self, stateful: Mapping[str, Any], epoch: int, **values: object) -> None:
-        """Save at the end of an epoch; `epoch` counts those done.
+        """Save at the end of an epoch; `epoch` is the number of completed epochs.
 
-        The one before a milestone of the learning rate is kept as `checkpoint-ep<N>.pth.tar`, and so are, by
-        `keep_last: N`, the last N.
+        The checkpoint before a learning-rate milestone is kept as `checkpoint-ep<N>.pth.tar`. With `keep_last: N` the
+        last N are kept, too.
         """
         keep = epoch in self.config["optimizer"]["lr"]["milestones"] or self.config["keep_last"] > 0
         self.save(stateful, f"checkpoint-ep{epoch}.pth.tar" if keep else None, epoch=epoch, step=0, **values)
@@ -172,19 +172,19 @@ class RunCheckpoints:
         """Delete epoch checkpoints that are neither milestones nor among the last `keep_last`."""
         kept = {f"checkpoint-ep{epoch}.pth.tar" for epoch in self.config["optimizer"]["lr"]["milestones"]}
         others = [path for path in self.folder.glob("checkpoint-ep*.pth.tar") if path.name not in kept]
-        others.sort(key=lambda path: path.stat().st_mtime_ns)  # not by epoch: some may be of a run before
+        others.sort(key=lambda path: path.stat().st_mtime_ns)  # not by epoch: some may be from an earlier run
         for path in others[: max(0, len(others) - self.config["keep_last"])]:
             path.unlink()
 
     def restore(self, state: Mapping, stateful: Mapping[str, Any]) -> None:
-        """Load a state into what made it, all names and shapes checked.
+        """Load a state into the objects that it was saved from, checking all names and shapes.
 
         Raises:
-            UserError: it does not fit, or one is missing.
+            UserError: a part is missing or does not match.
         """
         for name, part in stateful.items():
             if name not in state:
-                raise UserError(f"{self.folder / LATEST}: has no {name}; start anew with --set resume=false")
+                raise UserError(f"{self.folder / LATEST}: has no {name}; start from scratch with --set resume=false")
             if isinstance(part, nn.Module):
                 load_weights(part, state[name], f"{self.folder / LATEST} ({name})")
             else:
@@ -192,10 +192,10 @@ class RunCheckpoints:
 
 
 def agreed(folder: Path, find: Callable[[], State], place: Callable[[State], str]) -> State:
-    """What `find` answers, where every rank finds a state of the same `place`, or none.
+    """The result of `find`, if all ranks find a state with the same `place`, or all find none.
 
     Raises:
-        UserError: on every rank, where `find` raised it on one, or places differ.
+        UserError: on every rank, if `find` raised it on any rank or the places differ.
     """
     state, mistake, own = None, None, "none"
     try:
@@ -208,15 +208,15 @@ def agreed(folder: Path, find: Callable[[], State], place: Callable[[State], str
         raise UserError(mistakes[0])
     if len({own for _, own in found}) > 1:
         told = _few([f"rank {number}: {own}" for number, (_, own) in enumerate(found)], 8)
-        raise UserError(f"{folder}: ranks found different checkpoints ({told}); it must be one folder for all nodes")
+        raise UserError(f"{folder}: ranks found different checkpoints ({told}); all nodes must share one folder")
     return state
 
 
 def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos: str) -> None:
-    """Take the weights of `model.args.checkpoint` and the bank of `loss.args.checkpoint`, where they are given.
+    """Load the weights of `model.args.checkpoint` and the bank of `loss.args.checkpoint`, if given.
 
     Raises:
-        UserError: they do not fit, or the bank belongs to another list of videos than the one with this fingerprint.
+        UserError: they do not match, or the bank belongs to a video list with another fingerprint than `videos`.
     """
     if (file := cfg["model"]["args"].get("checkpoint")) is not None:
         log.info("weights from %s: %s", file, load_pretrained(model, file))
@@ -226,7 +226,7 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
             raise UserError(f"loss.args.checkpoint: {file}: holds no memory bank (`train_criterion`)")
         if other.get("videos", videos) != videos:
             raise UserError(
-                f"loss.args.checkpoint: {file}: its bank is for list {other['videos']}, this one is {videos}"
+                f"loss.args.checkpoint: {file}: its bank is for video list {other['videos']}, this one is {videos}"
             )
         load_weights(criterion, other["train_criterion"], file, optional=("_extra_state",))
         log.info("memory bank from %s", file)
@@ -235,7 +235,7 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
 def _changes(stored: Mapping, now: Mapping) -> list[str]:
     stored, now = flatten(stored), flatten(now)
     new = [key for key in now if key not in stored and not key.startswith(FREE_TO_CHANGE)]
-    if stored and new:  # a newer version's keys are no reason to lose a run
+    if stored and new:  # keys added by a newer version must not prevent resuming
         log.info("the checkpoint was saved before these keys existed: %s", _few([f"{key} {now[key]}" for key in new]))
     return [
         f"{key} was {value!r}, is {now.get(key)!r}"
@@ -245,11 +245,10 @@ def _changes(stored: Mapping, now: Mapping) -> list[str]:
 
 
 def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_damaged: bool = False) -> Path:
-    """Write `<folder>/checkpoint.pth.tar`: to a temporary name, flushed to disk, renamed; the one before is kept.
+    """Write `<folder>/checkpoint.pth.tar` to a temporary file, flush it and rename it; the previous one is kept.
 
-    With `keep_as` a copy gets that name first, for good: a run that is killed in between makes both once more. A latest
-    one that is known to be damaged (`latest_damaged`) is overwritten, and does not take the place of the good one
-    before it.
+    With `keep_as`, a permanent copy with that name is made first: a run killed in between makes both again. If the
+    latest one is known to be damaged (`latest_damaged`), it is overwritten and does not replace the good previous one.
 
     Raises:
         UserError: it could not be written (a full disk, say). The last good checkpoint is untouched.
@@ -258,7 +257,7 @@ def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_
     latest, temporary, copy = folder / LATEST, folder / (LATEST + ".tmp"), folder / (LATEST + ".copy.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)  # of a save that was killed
+        copy.unlink(missing_ok=True)  # left by a killed save
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
@@ -272,7 +271,7 @@ def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_
             os.replace(latest, folder / PREVIOUS)
         os.replace(temporary, latest)
         _flush_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch answers a failed write with a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError for a failed write
         temporary.unlink(missing_ok=True)
         copy.unlink(missing_ok=True)
         if lost_worker(error) is not None:
@@ -291,12 +290,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Only plain data is read (`weights_only`), and only if its checksums hold.
+    """Load a checkpoint onto the CPU. Only plain data is read (`weights_only`), after verifying the checksums.
 
-    Names in `model` and `train_criterion` lose the `module.` and `_orig_mod.` that wrappers left.
+    The wrapper prefixes `module.` and `_orig_mod.` are removed from names in `model` and `train_criterion`.
 
     Raises:
-        UserError: the file is missing, cut short, changed on disk, or holds more than plain data.
+        UserError: the file is missing, truncated, corrupted, or holds more than plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -319,12 +318,12 @@ def load(path: str | Path) -> dict:
 
 
 def load_latest(folder: str | Path) -> tuple[dict, Path] | None:
-    """The newest good checkpoint of a run and its path; None for a run that has none.
+    """The newest good checkpoint of a run and its path; None if the run has no checkpoint.
 
-    A latest one that is damaged is passed over for the one before, with a warning.
+    If the latest one is damaged, the previous one is used, with a warning.
 
     Raises:
-        UserError: there are checkpoints and all are damaged.
+        UserError: all checkpoints are damaged.
     """
     folder = Path(folder)
     errors = []
@@ -340,17 +339,17 @@ def load_latest(folder: str | Path) -> tuple[dict, Path] | None:
             log.warning("%s. Going on from %s instead.", message, path.name)
         return state, path
     if errors:
-        raise UserError(f"no good checkpoint: {'; '.join(errors)}; move the files away to start anew")
+        raise UserError(f"no good checkpoint: {'; '.join(errors)}; move the files away to start from scratch")
     return None
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str, optional: tuple = ()) -> None:
     """Load `weights` into `module`, all of them or none.
 
-    Names of the module that end with one of `optional` may be missing from `weights`.
+    Names ending in one of `optional` may be missing from `weights`.
 
     Raises:
-        UserError: names are missing or unexpected, shapes differ, or numbers are not finite; the message lists them and
+        UserError: names are missing or unexpected, shapes differ, or values are not finite; the message lists them and
             names `source`.
     """
     weights, own = unwrap_names(weights), module.state_dict()
@@ -368,18 +367,18 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{source}: {len(broken)} are not finite: {_few(broken)}; take an earlier checkpoint")
+        raise UserError(f"{source}: {len(broken)} are not finite: {_few(broken)}; use an earlier checkpoint")
     module.load_state_dict(dict(weights), strict=False)
 
 
 def load_pretrained(module: nn.Module, file: str | Path, part: str | None = None) -> str:
-    """Load the weights of a known checkpoint (see `recognise`) into a whole model, and say in words whose they are.
+    """Load the weights of a known checkpoint (see `recognise`) into a model and return a description of their origin.
 
     Args:
-        part: `video_model`, say: `module` is that part of a model, and takes its weights alone.
+        part: the part of a model that `module` is (such as `video_model`); only its weights are loaded.
 
     Raises:
-        UserError: the file cannot be read, or does not fit.
+        UserError: the file cannot be read, or does not match.
     """
     weights, words = recognise(load(file), str(file))
     if part is not None:
@@ -389,9 +388,9 @@ def load_pretrained(module: nn.Module, file: str | Path, part: str | None = None
 
 
 def recognise(state: Mapping, source: str) -> tuple[dict, str]:
-    """The weights of a whole pre-trained model by our names, and in words whose they are, by what the file holds.
+    """The weights of a pre-trained model under our names, and a description of their origin.
 
-    Known are ours, the thesis' published ones, AVID-CMA's, and the bare state dicts of each.
+    Recognised by content: our checkpoints, the thesis' published ones, AVID-CMA's, and bare state dicts of each.
 
     Raises:
         UserError: it holds another network; the message says which, or what was found.
@@ -401,8 +400,8 @@ def recognise(state: Mapping, source: str) -> tuple[dict, str]:
     weights = {str(name): value for name, value in weights.items()}
     if any(name.startswith("layer1.0.conv1.0") for name in weights):
         raise UserError(
-            f"{source}: is a torchvision R(2+1)D (layer1.0.conv1.0 ...), which is another network: its temporal "
-            "convolutions have other widths and its stem is factorised; take an AV-SSRL or AVID-CMA checkpoint"
+            f"{source}: is a torchvision R(2+1)D (layer1.0.conv1.0 ...), a different network: its temporal "
+            "convolutions have other widths and its stem is factorised; use an AV-SSRL or AVID-CMA checkpoint"
         )
     if not any(name.startswith("video_model.") for name in weights):
         found = ", ".join(map(str, [*(weights or state)][:3])) or "nothing"
@@ -418,12 +417,12 @@ def recognise(state: Mapping, source: str) -> tuple[dict, str]:
 
 
 def part_of(weights: Mapping, part: str) -> dict:
-    """The weights of one part of a model, such as `video_model`, by that part's own names."""
+    """The weights of one part of a model, such as `video_model`, without that prefix."""
     return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
 
 
 def unwrap_names(state: Mapping) -> dict:
-    """The same state, its names without what DDP and torch.compile put before them."""
+    """The same state, without the name prefixes that DDP and torch.compile add."""
     return {_unwrap(name): value for name, value in state.items()}
 
 
@@ -436,19 +435,19 @@ def _unwrap(name: str) -> str:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare each record with the CRC-32 that torch.save wrote beside it. Old formats, no zip files, pass."""
+    """Verify the CRC-32 that torch.save wrote for each record. Old formats, which are not zip files, pass."""
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty")
     try:
         with path.open("rb") as file:
             head = file.read(2)
-        if head != b"PK" and not head.startswith(b"\x80"):  # neither a zip file nor, as long ago, a pickle
+        if head != b"PK" and not head.startswith(b"\x80"):  # neither a zip file nor a pickle (the old format)
             raise UserError(f"{path}: not a readable checkpoint: torch.save did not write it")
         if head == b"PK":
             with zipfile.ZipFile(path) as archive:
-                for entry in archive.infolist():  # what torch.save leaves 0, and no checksum is of
+                for entry in archive.infolist():  # fields torch.save leaves 0, not covered by a checksum
                     if entry.compress_type or entry.flag_bits & 1 or entry.external_attr:
-                        raise UserError(f"{path}: is damaged: its list of contents, at {entry.filename}")
+                        raise UserError(f"{path}: is damaged: bad zip directory entry for {entry.filename}")
                 bad = archive.testzip()
             if bad is not None:
                 raise UserError(f"{path}: is damaged: checksum of {bad} does not hold")
@@ -465,7 +464,7 @@ def _few(names: list[str], most: int = 20) -> str:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The error that came first, such as the full disk behind torch.save's own."""
+    """The original error, such as the full disk behind torch.save's own error."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,4 +1,4 @@
-"""Command lines: the options of the scripts, and how a script ends."""
+"""Command-line options of the scripts, and their exit handling."""
 
 import argparse
 import io
@@ -26,22 +26,22 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     add("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change a key of MODEL_CFG; repeatable")
     add("--checkpoint", metavar="FILE", help="pre-trained weights; default: the checkpoint of MODEL_CFG's run")
     add("--random-weights", action="store_true", help="no pre-trained weights: the baseline")
-    add("--few-shot-ratio", type=float, metavar="R", help="train on this share of each class's videos, (0, 1]")
-    add("--use-rest-classes", action="store_true", help="a classifier for the unseen classes and one for the seen ones")
-    add("--allow-missing", action="store_true", help="go on without videos that are missing or cannot be read")
-    add("--test-only", action="store_true", help="no training: the test of the stored classifier")
-    add("--resume", action="store_true", help="go on with the stored classifier")
+    add("--few-shot-ratio", type=float, metavar="R", help="train on this fraction of each class's videos, (0, 1]")
+    add("--use-rest-classes", action="store_true", help="train separate classifiers for unseen and seen classes")
+    add("--allow-missing", action="store_true", help="continue without videos that are missing or cannot be read")
+    add("--test-only", action="store_true", help="test the stored classifier without training")
+    add("--resume", action="store_true", help="resume from the stored classifier")
     add("--debug", action="store_true", help="one worker, batch size 1")
     return parser
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Options that all four scripts take. Each is spelt with dashes or with underscores."""
+    """Options common to all four scripts. Each can be spelt with dashes or underscores."""
     add = _both_spellings(parser)
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG (dotted); repeatable")
     add("--quiet", action="store_true", help="write to the log file only")
-    add("--seed", type=_seed, metavar="S", help="seed of weights, clips and negatives; default: the YAML's")
-    add("--gpu", type=int, metavar="ID", help="run on this GPU alone; default: the first, or the CPU without one")
+    add("--seed", type=_seed, metavar="S", help="seed for weights, clips and negatives; default: the YAML's")
+    add("--gpu", type=int, metavar="ID", help="run on this GPU only; default: the first, or the CPU without one")
     group = parser.add_argument_group(
         "several processes", "torchrun and Slurm (srun) need none of these: their environment variables are enough"
     )
@@ -51,17 +51,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--distributed",
         dest="distributed",
         action="store_true",
-        help="start one process a GPU of this node",
+        help="start one process per GPU of this node",
     )
-    add("--nproc", type=int, metavar="N", help="processes on this node; default: its GPUs, 1 without a GPU")
+    add("--nproc", type=int, metavar="N", help="processes on this node; default: one per GPU, 1 without a GPU")
     add("--world-size", type=int, metavar="N", help="number of nodes; default: 1")
     add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
-    add("--dist-url", metavar="URL", help="where the nodes meet: tcp://HOST:PORT of the first")
+    add("--dist-url", metavar="URL", help="rendezvous address: tcp://HOST:PORT of the first node")
     add("--dist-backend", choices=("nccl", "gloo"), metavar="B", help="default: nccl on GPUs, gloo on CPUs")
 
 
 def _both_spellings(group: argparse._ActionsContainer) -> Callable[..., None]:
-    """`group.add_argument`, for options that are spelt with dashes or with underscores."""
+    """`group.add_argument`, for options that can be spelt with dashes or underscores."""
 
     def add(*names: str, **options: object) -> None:
         group.add_argument(*names, *("--" + n[2:].replace("-", "_") for n in names if "-" in n[2:]), **options)
@@ -70,7 +70,7 @@ def _both_spellings(group: argparse._ActionsContainer) -> Callable[..., None]:
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number that is so many or more."""
+    """An argparse type: a whole number of at least `lowest`."""
 
     def number(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or int(text) < lowest:
@@ -87,9 +87,9 @@ def _seed(text: str) -> int:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What users can mend or wait for ends in one line; its exit status says which it was."""
+    """Run a script's `main`. Errors that users can fix or wait out end in one line and a matching exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything; stderr is so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes; stderr does this by default
     try:
         main()
     except (UserError, RunFailed, Preempted) as error:

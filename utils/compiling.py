@@ -1,4 +1,4 @@
-"""torch.compile where it works, said where it does not."""
+"""torch.compile where it works, with a warning where it does not."""
 
 import contextlib
 import functools
@@ -9,16 +9,16 @@ import torch.distributed as dist
 
 log = logging.getLogger("avssrl")
 
-# Of inductor: what is made of up to six numbers is computed where it is read, not stored. Up to four, as it comes, the
-# gradients that pass ReLU would be stored for BN's sums and its gradient to read (models/fused_norm.py).
+# Inductor recomputes values that depend on up to six reads instead of storing them. With its default of four, the
+# gradients behind ReLU would be stored for BN's sums and its gradient (models/fused_norm.py).
 OPTIONS = {"realize_reads_threshold": 6}
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
-    """Whether a run is to be compiled: as asked (None: on a GPU), if this machine can.
+    """Whether to compile a run: as `asked` (None: on a GPU), if this machine can.
 
-    On a GPU that takes Triton, a GPU that it knows and no gloo between processes, on a CPU a C++ compiler. Where they
-    fail, a warning gives the reason and the run goes on without.
+    A GPU must be supported by an installed Triton, without gloo between processes; a CPU needs a C++ compiler.
+    Otherwise a warning gives the reason and the run continues uncompiled.
     """
     if not (device.type == "cuda" if asked is None else asked):
         return False
@@ -26,16 +26,16 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
 
 
 def for_batch(whole: bool) -> contextlib.AbstractContextManager:
-    """The context of a forward pass: for an epoch's rest, a batch that is not `whole`, nothing is compiled anew."""
+    """The context of a forward pass. A smaller last batch (not `whole`) runs eagerly instead of being recompiled."""
     return contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager")
 
 
 @functools.cache
 def obstacle(device_type: str) -> str | None:
-    """Why nothing is compiled here, None if it is. The first answer is kept, and logged if bad."""
+    """Why torch.compile does not work here, or None if it does. The result is cached; a reason is logged once."""
     reason = None
     if device_type == "cuda" and dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
-        reason = "gloo's gather in a compiled graph takes GPU memory for the host's (pytorch#152645); nccl does not"
+        reason = "gloo's gather in a compiled graph mistakes GPU for host memory (pytorch#152645); nccl does not"
     else:
         try:
             torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device_type))

@@ -1,7 +1,7 @@
-"""Concept generalization: accuracy on unseen and seen concepts over the share of labels, one line a method.
+"""Concept generalization: accuracy on unseen and seen concepts over the fraction of labels, one line per method.
 
-Reads what `eval-action-recg-linear.py --use-rest-classes [--few-shot-ratio R]` wrote; `python3 -m utils.sweep` runs it
-for several methods, ratios and subsets.
+Reads the results of `eval-action-recg-linear.py --use-rest-classes [--few-shot-ratio R]`; `python3 -m utils.sweep` runs
+it for several methods, ratios and subsets.
 """
 
 import csv
@@ -21,14 +21,14 @@ from utils.results import FIGURES, mean_and_deviation, result_files, run_folder_
 
 log = logging.getLogger("avssrl")
 
-PARTS = {"unseen": "-", "seen": "--"}  # part: its line in the picture
+PARTS = {"unseen": "-", "seen": "--"}  # part: line style
 SHOWN = {"Video@1": "top-1", "Video@5": "top-5"}
 KEY = ("dataset", "benchmark", "method", "part", "ratio")
 COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{figure} {what}" for figure in FIGURES for what in ("mean", "std")))
 
 
 def report_concepts(folders: Iterable[str | Path], out: Path) -> None:
-    """Show the table of what `collect_concepts` finds, draw it to `out`, and write the figures beside it as CSV."""
+    """Print the table of `collect_concepts`, plot it to `out`, and write the figures next to it as CSV."""
     rows = collect_concepts(folders)
     print(concepts_table(rows))
     draw_concepts(rows, out)
@@ -37,21 +37,21 @@ def report_concepts(folders: Iterable[str | Path], out: Path) -> None:
 
 
 def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
-    """The rows behind the plots: one for each data set, benchmark, method, part (unseen, seen) and few-shot ratio.
+    """The rows behind the plots: one per data set, benchmark, method, part (unseen, seen) and few-shot ratio.
 
-    A row has the mean and the deviation (n - 1, over seeds; several folds of a seed are averaged first) of each figure
-    in percent, as `"Video@1 mean"` and `"Video@1 std"`, and the numbers of `classes`, of test `videos` and of `seeds`.
+    A row has the mean and the standard deviation (n - 1, over seeds, after averaging the folds of a seed) of each
+    figure in percent, as `"Video@1 mean"` and `"Video@1 std"`, and the numbers of `classes`, test `videos` and `seeds`.
     Without `--few-shot-ratio` the ratio is 1.
 
     Raises:
-        UserError: no such folder, or no result with unseen and seen classes below them.
+        UserError: no such folder, or no result with unseen and seen classes below the folders.
     """
     read = []
     for file in result_files(folders):
         try:
             read += _leaves_of(json.loads(file.read_text()), run_folder_of(file))
         except (ValueError, KeyError, TypeError, AttributeError):
-            log.warning("%s: no result of this project; left out", file)
+            log.warning("%s: not a result of this project; skipped", file)
     names = tell_apart(leaf.method for leaf in read)
     found: dict[tuple, dict[tuple, list[Mapping]]] = {}
     sizes: dict[tuple, tuple[int, int]] = {}
@@ -79,7 +79,7 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
 class _Leaf(NamedTuple):
     """The figures of one feature on one part of one evaluation.
 
-    `method` is its name and its run's folder, or of random weights the backbone.
+    `method` is the method's name with its run's folder or, for random weights, the backbone.
     """
 
     of: tuple[str, str, str, str, float]
@@ -107,16 +107,16 @@ def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
 
 
 def method_name(results: Mapping) -> str:
-    """What a line of the plot is called: the model, the checkpoint where it is not its own, and BN in training mode."""
+    """The label of a line in the plot: the model, the checkpoint if not the run's own, and BN in training mode."""
     if results["encoder"]["weights"] == RANDOM:
         return RANDOM
-    other = re.findall(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)", results["variant"])  # the file's name may have any form
+    other = re.findall(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)", results["variant"])  # the file name may have any form
     training_bn = ["encoder_bn: train"] if results["encoder"].get("bn") == "train" else []
     return " ".join([results["model"], *other, *training_bn])
 
 
 def write_csv(rows: Sequence[Mapping], file: str | Path) -> None:
-    """The figures behind the plots, a line a row of `collect_concepts`."""
+    """Write the figures behind the plots, one line per row of `collect_concepts`."""
     with Path(file).open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
@@ -125,7 +125,7 @@ def write_csv(rows: Sequence[Mapping], file: str | Path) -> None:
 
 
 def concepts_table(rows: Sequence[Mapping]) -> str:
-    """Mean and deviation of Video@1 and Video@5, for the console: a line a method and part, a column a ratio."""
+    """Console table of mean and deviation of Video@1 and Video@5: a line per method and part, a column per ratio."""
     ratios = sorted({row["ratio"] for row in rows})
     cells = {tuple(row[key] for key in KEY): row for row in rows}
     data = tell_apart((row["dataset"], row["benchmark"]) for row in rows)
@@ -147,10 +147,10 @@ def _cell(row: Mapping, figure: str) -> str:
 
 
 def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> object:
-    """Top-1 and top-5 over the few-shot ratio, for each data set; returns matplotlib's figure.
+    """Plot top-1 and top-5 over the few-shot ratio for each data set; returns the matplotlib figure.
 
-    A colour a method; solid for unseen and dashed for seen concepts; bars are one standard deviation over seeds. Dotted
-    lines are chance. Solid and dashed are different classes, and different numbers of them: what compares is methods.
+    One colour per method; solid for unseen, dashed for seen concepts; error bars are one standard deviation over seeds;
+    dotted lines are chance. Solid and dashed lines differ in their (number of) classes: only methods are comparable.
     """
     from matplotlib.figure import Figure
 
@@ -187,5 +187,5 @@ def _draw_lines(axis: object, rows: Sequence[Mapping], figure: str, colours: Map
     axis.set_xscale("log")
     axis.set_xticks(ratios, [f"{100 * ratio:g}%" for ratio in ratios])
     axis.minorticks_off()
-    axis.set(xlabel="share of the labelled training videos", ylim=(0, 102))
+    axis.set(xlabel="fraction of the labelled training videos", ylim=(0, 102))
     axis.grid(alpha=0.3)

@@ -1,9 +1,9 @@
 """YAML configurations: read safely, checked key by key, completed with defaults.
 
-The table of keys below is the whole truth about a configuration: a key that is not in it is an error before any work,
-and every key in it is read somewhere, but for what the thesis' files say of test splits and measuring never does
-(`use_augmentation`, `drop_last`, `use_shuffle`, `video_only`, `return_labels`) and `mode`, which has one value in each
-place. Files written for the thesis' code load unchanged.
+The tables below define all keys: an unknown key is an error before any work starts, and every known key is used. The
+exceptions are keys that the thesis' files set for test splits but measuring ignores (`use_augmentation`, `drop_last`,
+`use_shuffle`, `video_only`, `return_labels`), and `mode`, which has a single allowed value in each place. Files written
+for the thesis' code load unchanged.
 """
 
 import copy
@@ -22,11 +22,11 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key: what it may hold and what it holds when left out.
+    """One configuration key: its allowed values and its default.
 
-    `kind` is a Python type; float also takes whole numbers and YAML's `1e-5`, which YAML reads as text. `items` is the
-    kind of a list's items, `null_items` lets them be null, `lift` takes a single value as a list of one. `check`
-    answers True for a good value, and `allowed` says in words what that is.
+    `kind` is a Python type; float also accepts whole numbers and `1e-5`, which YAML reads as text. `items` is the type
+    of a list's items, `null_items` lets them be null, `lift` accepts a single value as a list of one. `check` returns
+    True for a valid value, and `allowed` describes valid values in messages.
     """
 
     kind: type
@@ -42,7 +42,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Switch:
-    """A section whose keys depend on the value of another key beside it, such as `loss.args` on `loss.name`."""
+    """A section whose keys depend on the value of a sibling key, such as `loss.args` on `loss.name`."""
 
     on: str
     tables: Mapping[str, Mapping]
@@ -108,11 +108,11 @@ SPLIT = {
 DATASET = {
     "name": _one_of("vggsound", "ucf101", "folder", "demo"),
     "root": _text(None, nullable=True),
-    "batch_size": _positive(int),  # in total, over all processes
+    "batch_size": _positive(int),  # total, over all processes
     "video_clip_duration": _seconds(),
     "video_fps": _positive(float),  # Hz
     "crop_size": _positive(int),  # pixels
-    "frame_size": _positive(int, None, nullable=True),  # pixels; null: 8/7 of crop_size, which is 256 for 224
+    "frame_size": _positive(int, None, nullable=True),  # pixels; null: 8/7 of crop_size (256 for 224)
     "min_area": Key(float, 0.08, check=lambda v: 0 < v <= 1, allowed="above 0, at most 1"),
     "aspect_ratio": _numbers([3 / 4, 4 / 3], lambda v: 0 < v[0] <= v[1], "the smaller first, above 0"),
     "resize": _one_of("bilinear", "nearest", default="bilinear"),
@@ -221,19 +221,19 @@ PRETRAINING = {
     "test_only": _flag(False),
     "seed": _seed(0),
     "num_workers": _at_least_0(int, 8),  # in total, over this node's processes
-    "test_freq": _positive(int, 1),  # save every so many epochs
+    "test_freq": _positive(int, 1),  # save every N epochs
     "print_freq": _positive(int, 100),  # steps
     "save_every_minutes": _positive(float, 15.0),
-    "monitor_every": _at_least_0(int, 0),  # held-out retrieval every so many epochs; 0: never
+    "monitor_every": _at_least_0(int, 0),  # epochs between held-out retrievals; 0: never
     "precision": _one_of("fp32", "tf32", "bf16", "fp16", default=None, nullable=True),  # null: bf16 on a GPU, else fp32
     "compile": _flag(None, nullable=True),  # null: on a GPU
     "gradient_compression": _one_of("bf16", default=None, nullable=True),  # between processes; null: float32
-    "accumulate": _positive(int, 1),  # parts that a batch is cut into, one forward and backward pass each
-    "max_bad_fraction": _share(0.02),  # of an epoch's samples
-    "skip_nonfinite": _at_least_0(int, 0),  # steps with a loss or gradient that is not finite to leave out
-    "keep_last": _at_least_0(int, 0),  # epoch checkpoints to keep beside the latest and the milestones
+    "accumulate": _positive(int, 1),  # micro-batches per batch, one forward and backward pass each
+    "max_bad_fraction": _share(0.02),  # fraction of an epoch's samples
+    "skip_nonfinite": _at_least_0(int, 0),  # non-finite steps to skip before the run stops
+    "keep_last": _at_least_0(int, 0),  # epoch checkpoints to keep besides the latest and the milestones
     "cache_dir": _text("cache"),
-    "dataset": {**DATASET, **AUDIO, "decode_once": _flag(False)},  # keep decoded videos below cache_dir
+    "dataset": {**DATASET, **AUDIO, "decode_once": _flag(False)},  # cache decoded videos below cache_dir
     "optimizer": OPTIMIZER,
     "model": {
         "name": _text(),
@@ -245,7 +245,7 @@ PRETRAINING = {
 }
 
 EVALUATION_SPLIT = {
-    "split": _text(),  # {fold} stands for the fold
+    "split": _text(),  # {fold} is replaced by the fold number
     "use_augmentation": _flag(False),
     "drop_last": _flag(False),
     "use_shuffle": _flag(False),
@@ -256,12 +256,12 @@ _VIDEO_MODE = {**EVALUATION_SPLIT, "mode": _one_of("video", default="video"), "c
 
 FEATURES = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x", "pool")  # of R2Plus1d
 _HEAD_ARGS = {
-    "n_classes": _positive(int, None, nullable=True),  # null: as the data
+    "n_classes": _positive(int, None, nullable=True),  # null: as in the data
     "use_dropout": _flag(False),
     "dropout": _share(0.5),
 }
 CLASSIFIER_ARGS = {
-    "MOSTWrapper": {  # linear: one classifier a feature, each list one value a feature or one for all
+    "MOSTWrapper": {  # linear: one classifier per feature; lists hold one value per feature or one for all
         **_HEAD_ARGS,
         "feat_names": Key(
             list,
@@ -282,7 +282,7 @@ CLASSIFIER_ARGS = {
     },
 }
 
-ONLY = {  # keys of an evaluation that one kind of it alone heeds, and what they are when left out
+ONLY = {  # evaluation keys that only one kind uses, with their defaults
     "MOSTWrapper": {"feature_views": 0, "encoder_bn": "eval", "optimizer.other_lrs": []},
     "ClassificationWrapper": {"optimizer.warmup_classifier": False, "optimizer.warmup_epochs": 5},
 }
@@ -293,8 +293,8 @@ EVALUATION = {
         for key in ("test_only", "seed", "num_workers", "test_freq", "print_freq", "precision", "compile", "cache_dir")
     },
     "resume": _flag(False),
-    "encoder_bn": _one_of("eval", "train", default="eval"),  # linear; train: as the thesis' script in fact did
-    "feature_views": _at_least_0(int, 0),  # linear: views of each training video, made once; 0: fresh ones every epoch
+    "encoder_bn": _one_of("eval", "train", default="eval"),  # linear; train: what the thesis' script actually did
+    "feature_views": _at_least_0(int, 0),  # linear: fixed views per training video; 0: fresh ones every epoch
     "few_shot_seed": _seed(42),
     "benchmark": {"name": _text()},
     "dataset": {
@@ -304,18 +304,18 @@ EVALUATION = {
             if key not in ("name", "train", "test", "list", "labels", "label_column", "holdout_every")
         },
         "name": _one_of("ucf101", "hmdb51", "demo"),
-        "num_folds": _positive(int, None, nullable=True),  # folds 1 to this, in place of `fold`
-        "rest_classes": _text(None, nullable=True),  # a file of unseen classes; null: the thesis' list
+        "num_folds": _positive(int, None, nullable=True),  # folds 1 to this number, instead of `fold`
+        "rest_classes": _text(None, nullable=True),  # file of unseen classes; null: the thesis' list
         "train": EVALUATION_SPLIT,
         "test": {**EVALUATION_SPLIT, "final_clips_per_video": _positive(int, 25)},
         "test_dense": _VIDEO_MODE,
     },
     "optimizer": {
         **OPTIMIZER,
-        "other_lrs": Key(  # linear: further base_lr, tried in the same pass
+        "other_lrs": Key(  # linear: further values of base_lr, trained in the same pass
             list, [], items=float, check=lambda v: all(rate > 0 for rate in v), allowed="above 0"
         ),
-        "warmup_classifier": _flag(False),  # fine-tuning: first the classifier alone
+        "warmup_classifier": _flag(False),  # fine-tuning: train only the classifier first
         "warmup_epochs": _positive(int, 5),
     },
     "model": {"name": _one_of(*CLASSIFIER_ARGS), "args": Switch("name", CLASSIFIER_ARGS)},
@@ -325,12 +325,12 @@ EVALUATION = {
 def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | None = None) -> dict:
     """Read a YAML configuration, apply `KEY=VALUE` overrides (dotted keys), check it, fill in defaults.
 
-    A file with a section `benchmark` configures an evaluation, any other one a pre-training. `kind`, `pre-training` or
-    `evaluation`, says which of them is wanted.
+    A file with a section `benchmark` configures an evaluation, any other file a pre-training. `kind` (`pre-training` or
+    `evaluation`) is the expected one.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, or of the other kind; a key is unknown (with the nearest
-            known one), missing, of a wrong type or outside its set. The message names key and file.
+        UserError: the file is missing, not a YAML mapping, or of the other kind; a key is unknown (the message suggests
+            the nearest known one), missing, of the wrong type or not allowed. The message names key and file.
     """
     path = Path(path)
     try:
@@ -361,7 +361,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that a section has twice: the last would win, and nobody would know."""
+    """PyYAML's safe loader, but rejecting duplicate keys, of which the last would win silently."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -377,32 +377,32 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_heeded(cfg: Mapping, file: str) -> None:
-    """Keys that this kind of evaluation would not heed must be as if they were left out."""
+    """Reject values other than the default for keys that this kind of evaluation ignores."""
     dataset, classifier, flat = cfg["dataset"], cfg["model"]["name"], flatten(cfg)
     for kind, keys in ONLY.items():
         for key, default in keys.items():
             if kind != classifier and flat[key] != default:
-                raise UserError(f"{file}: {key}: {flat[key]} is for {kind}, not for {classifier}; leave it out")
+                raise UserError(f"{file}: {key}: {flat[key]} is for {kind}, not for {classifier}; remove it")
     folds = range(1, dataset["num_folds"] + 1) if dataset["num_folds"] else [dataset["fold"]]
     if any(len({split_of_fold(dataset[part]["split"], fold) for part in ("test", "test_dense")}) > 1 for fold in folds):
         raise UserError(
-            f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests are on the videos of "
+            f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests use the videos of "
             f"dataset.test.split, {dataset['test']['split']}"
         )
 
 
 def _check_sizes(data: Mapping, file: str) -> None:
-    """Keys of `dataset` that are good by themselves and not together."""
+    """Reject combinations of `dataset` keys that are only valid individually."""
     frames = data["video_clip_duration"] * data["video_fps"]
     if round(frames) < 1:
         raise UserError(
-            f"{file}: dataset.video_fps: {data['video_fps']:g} frames a second for {data['video_clip_duration']:g} s "
-            f"(video_clip_duration) are {frames:g} frames; at least one is needed"
+            f"{file}: dataset.video_fps: {data['video_fps']:g} frames/s for {data['video_clip_duration']:g} s "
+            f"(video_clip_duration) give {frames:g} frames; at least one is needed"
         )
     if data["frame_size"] is not None and data["frame_size"] < data["crop_size"]:
         raise UserError(
             f"{file}: dataset.frame_size: a crop of {data['crop_size']} pixels (crop_size) does not fit into frames of "
-            f"{data['frame_size']}; raise it, or leave it out for 8/7 of the crop"
+            f"{data['frame_size']}; raise frame_size, or remove it for 8/7 of the crop"
         )
     if "spec_params" not in data:
         return
@@ -410,7 +410,7 @@ def _check_sizes(data: Mapping, file: str) -> None:
     if spec["hop_length"] > spec["n_fft"]:
         raise UserError(
             f"{file}: dataset.spec_params.hop_length: {spec['hop_length']} is more than n_fft, {spec['n_fft']}: "
-            "samples between two windows would be in none"
+            "samples between two windows would be lost"
         )
     if spec["n_fft"] > samples:
         raise UserError(
@@ -420,10 +420,10 @@ def _check_sizes(data: Mapping, file: str) -> None:
 
 
 def split_of_fold(split: str, fold: int) -> str:
-    """A split's name with the fold's number for its `{fold}` or, of two digits, `{fold:02d}`.
+    """A split's name with `{fold}` (or `{fold:02d}`, two digits) replaced by the fold number.
 
     Raises:
-        UserError: it has something else in braces.
+        UserError: the name has anything else in braces.
     """
     try:
         return split.format(fold=fold)
@@ -432,12 +432,12 @@ def split_of_fold(split: str, fold: int) -> str:
 
 
 def run_folder(cfg: Mapping) -> Path:
-    """Where the output of a pre-training lies: `<model_dir>/<name>`."""
+    """The output folder of a pre-training: `<model_dir>/<name>`."""
     return Path(cfg["model"]["model_dir"]) / cfg["model"]["name"]
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one mapping of dotted keys."""
+    """Flatten a nested configuration to one mapping of dotted keys."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -457,7 +457,7 @@ def _apply(raw: dict, override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = name.split(".")
     section = raw
-    for parent in parents:  # a copy of each section on the way: an alias in the YAML may have put it elsewhere, too
+    for parent in parents:  # copy each section on the way: a YAML alias may share it with another
         found = section.get(parent)
         section[parent] = dict(found) if isinstance(found, dict) else {}
         section = section[parent]
@@ -503,7 +503,7 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
 
 
 def _convert(value: Any, rule: Key) -> Any:
-    """`value` as the kind that the rule asks for, or None where it is of another kind."""
+    """`value` converted to the type of the rule, or None if it has another type."""
     if rule.kind is list:
         if rule.lift and not isinstance(value, (list, tuple, dict)):
             value = [value]
@@ -522,7 +522,7 @@ def _convert(value: Any, rule: Key) -> Any:
         return number if math.isfinite(number) else None
     if rule.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and "\0" in value:  # no path or name may have one
+    if isinstance(value, str) and "\0" in value:  # not allowed in paths and names
         return None
     if isinstance(value, rule.kind) and not (rule.kind is int and isinstance(value, bool)):
         return value

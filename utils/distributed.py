@@ -1,7 +1,7 @@
-"""Process groups: how a run's processes find each other, and helpers that also work where there is only one.
+"""Process groups: launching and connecting a run's processes, and collectives that also work in a single process.
 
-Callers of `rank()`, `world_size()`, `is_main()`, `gather()` and their like need not ask whether a process group exists:
-without one these answer for a single process.
+`rank()`, `world_size()`, `is_main()`, `gather()` etc. can be called without a process group; they then behave as in a
+run of one process.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from utils.processes import cores
 
 log = logging.getLogger("avssrl")
 
-TIMEOUT = timedelta(minutes=30)  # of one collective call; rank 0 may be preparing data meanwhile
-_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters  # newer PyTorch has another name for the old one
+TIMEOUT = timedelta(minutes=30)  # of a collective call; rank 0 may be preparing data meanwhile
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters  # newer PyTorch renamed one
 _FORWARD_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
-GRACE = 10.0  # seconds that the other processes of a node get to end by themselves, once more after SIGTERM
+GRACE = 10.0  # seconds for the node's other processes to end by themselves, and again after SIGTERM
 
 
 def _has_group() -> bool:
@@ -47,7 +47,7 @@ def _has_group() -> bool:
 
 
 def rank() -> int:
-    """This process' number, 0 to world_size() - 1."""
+    """This process' rank, 0 to world_size() - 1."""
     return dist.get_rank() if _has_group() else 0
 
 
@@ -57,12 +57,12 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """How many of the run's processes are on this node: by torchrun's variable, which `launch` sets in its place."""
+    """The number of the run's processes on this node, from torchrun's variable, which `launch` sets otherwise."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _has_group() else 1
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and talks."""
+    """True in the one process that writes files and logs (rank 0)."""
     return rank() == 0
 
 
@@ -73,9 +73,9 @@ def barrier() -> None:
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """Concatenate `x` (N, ...) of all ranks along the first dimension, in rank order: (W * N, ...). Passes no gradient.
+    """Concatenate `x` (N, ...) of all ranks along the first dimension, in rank order: (W * N, ...). No gradient.
 
-    Every rank must come with the same shape.
+    All ranks must pass the same shape.
     """
     if world_size() == 1:
         return x.detach()
@@ -98,12 +98,12 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
-    """As `gather`, with gradients: the backward pass sums the gradients of all ranks and hands each rank its rows."""
+    """`gather` with gradients: the backward pass sums the gradients of all ranks and returns each rank its rows."""
     return x if world_size() == 1 else _GatherWithGrad.apply(x)
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of `x` over all ranks, a new tensor without gradient."""
+    """The sum of `x` over all ranks, as a new tensor without gradient."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -111,7 +111,7 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor) -> torch.Tensor:
-    """Of `x` (W, ...) row r goes to rank r; row r of the answer (W, ...) came from rank r. Passes no gradient."""
+    """Send row r of `x` (W, ...) to rank r; row r of the result (W, ...) comes from rank r. No gradient."""
     if world_size() == 1:
         return x.detach()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -120,7 +120,7 @@ def all_to_all(x: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank; every rank must call it. Hosts talk over gloo, no device is waited for."""
+    """Whether `flag` is true on any rank; every rank must call it. Uses gloo, so no host waits for its device."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(int(flag))
@@ -129,7 +129,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's `value`, on every rank (pickled on the way)."""
+    """Rank 0's `value`, on every rank (sent as a pickle)."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -137,7 +137,7 @@ def broadcast_object(value: object) -> object:
 
 
 def gather_objects(value: object) -> list:
-    """Every rank's `value` (pickled on the way), in rank order, on every rank."""
+    """Every rank's `value` (sent as a pickle), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -152,16 +152,16 @@ def wrap(
     compression: str | None = None,
     static: bool = False,
 ) -> nn.Module:
-    """`model` as a training step calls it: compiled (None: on a GPU), and with several processes inside DDP.
+    """Prepare `model` for training steps: compile it, and with several processes wrap it in DDP.
 
-    The model itself is compiled in place, so its names stay as they are. DDP does not broadcast BN's running statistics
-    before each step: those that count, in measuring and in checkpoints, are rank 0's in any case.
+    The model is compiled in place, which keeps its parameter names. DDP does not broadcast BN's running statistics
+    before each step: measurements and checkpoints use rank 0's in any case.
 
     Args:
-        compiled: as `compiles` takes it.
-        compression: `bf16`: gradients travel between processes in half the bytes, and are summed in bf16.
-        static: every step runs the same graph and synchronises (no accumulation). Not used on a compiled model, whose
-            graph is cut along DDP's buckets, which rules it out.
+        compiled: see `compiles` (None: on a GPU).
+        compression: `bf16`: gradients are sent between processes and summed in bf16, in half the bytes.
+        static: every step runs the same graph and synchronises (no accumulation). Ignored for a compiled model, whose
+            graph is split at DDP's buckets, which rules it out.
     """
     if compiled := compiles(compiled, device):
         model.compile(options=OPTIONS)
@@ -182,10 +182,10 @@ def wrap(
 
 
 def _mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's mean of gradients, which travel in `dtype`, in an order of additions that hangs on nothing but the ranks.
+    """DDP's mean of gradients, sent in `dtype` and summed in an order that depends only on the ranks.
 
-    DDP lays its buckets out anew after the first step, and gloo's ring adds in an order that hangs on the place in a
-    bucket: with three processes or more a run that was stopped would go on with other roundings.
+    DDP rebuilds its buckets after the first step, and gloo's ring sums in an order that depends on the position in a
+    bucket: with three or more processes, a resumed run would round differently.
     """
     own = bucket.buffer()
     parts = [torch.empty_like(own, dtype=dtype) for _ in range(world_size())]
@@ -202,10 +202,10 @@ def _mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.fu
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run as one of them, or the one that starts them, sees it.
+    """The process layout of a run, from the view of one process or of the one that starts them.
 
-    `local` is the number of processes to start here, None where a launcher (torchrun, Slurm, a person) starts each;
-    `here` how many there are on this node, whoever starts them.
+    `local` is the number of processes to start here, None if a launcher (torchrun, Slurm, a person) starts each;
+    `here` is the number on this node, whoever starts them.
     """
 
     world_size: int
@@ -220,13 +220,13 @@ class Processes:
 def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None:
     """Run `worker(device, *args)` in each process that command line and environment ask for, as a process group.
 
-    Nothing set: this process alone, on the GPU if there is one. `--gpu N`: on that one. torchrun and Slurm: as one of
-    their processes. `--distributed` or `--multiprocessing-distributed`: one process a GPU here (without GPUs one, or
-    `--nproc`), and with `--world-size`, `--rank`, `--dist-url`, or as one task a node of Slurm's, this node as one of
-    several.
+    By default this process runs alone, on the GPU if there is one; with `--gpu N` on that GPU. Under torchrun or Slurm
+    it is one of their processes. `--distributed` or `--multiprocessing-distributed` starts one process per GPU here
+    (without GPUs one, or `--nproc`). With `--world-size`, `--rank` and `--dist-url`, or as one Slurm task per node,
+    this node is one of several.
 
     Raises:
-        UserError: the options do not fit each other or the machine, or a process met one.
+        UserError: the options do not match each other or the machine, or a process raised one.
         RunFailed: a process died; the message names its rank.
     """
     plan = plan_processes(options)
@@ -241,9 +241,9 @@ def launch(worker: Callable, options: argparse.Namespace, *args: object) -> None
 
 
 def _end_with_torchrun() -> None:
-    """Have Linux send SIGTERM (save and leave) to this process when torchrun, which started it, dies.
+    """Have Linux send SIGTERM (save and exit) to this process when torchrun, which started it, dies.
 
-    Not where a shell did: that a person logs out is no reason to stop.
+    Not used if a shell started it: logging out should not stop a run.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -251,10 +251,10 @@ def _end_with_torchrun() -> None:
 
 
 def plan_processes(options: argparse.Namespace) -> Processes | None:
-    """What `launch` is to do, from the options and the environment; None: this process alone.
+    """The process layout for `launch`, from the options and the environment; None: this process alone.
 
     Raises:
-        UserError: the options do not fit each other, the environment or the machine.
+        UserError: the options do not match each other, the environment or the machine.
     """
     gpus, env = torch.cuda.device_count(), os.environ
     backend = options.dist_backend or ("nccl" if gpus else "gloo")
@@ -267,10 +267,10 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
     slurm = (nodes is None or not many) and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
     if options.gpu is not None and (many or torchrun or slurm):
-        raise UserError(f"--gpu {options.gpu}: means that GPU alone; leave it out of a run of several processes")
+        raise UserError(f"--gpu {options.gpu}: selects a single GPU; omit it in a run of several processes")
     if torchrun:
         if nodes not in (None, 1, int(env["WORLD_SIZE"])):
-            raise UserError(f"--world-size {nodes}: torchrun started {env['WORLD_SIZE']} processes; leave it out")
+            raise UserError(f"--world-size {nodes}: torchrun started {env['WORLD_SIZE']} processes; omit it")
         world, own_rank, local_rank = (int(env[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
         here = int(env.get("LOCAL_WORLD_SIZE", 1))
         return Processes(world, own_rank, None, here, local_rank, "env://", backend)
@@ -278,10 +278,10 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         raise UserError(f"--nproc {options.nproc}: is for several processes; add --distributed")
     if slurm:
         if options.rank is not None:
-            raise UserError(f"--rank {options.rank}: Slurm says which process this is; leave it out")
+            raise UserError(f"--rank {options.rank}: Slurm sets the rank of this process; omit it")
         task = _plan_slurm(int(env["SLURM_STEP_NUM_TASKS"]), options.dist_url, backend)
         if task.here > 1 and options.nproc is not None:
-            raise UserError(f"--nproc {options.nproc}: Slurm started {task.here} processes here; leave it out")
+            raise UserError(f"--nproc {options.nproc}: Slurm started {task.here} processes here; omit it")
         if task.here > 1 or not options.distributed:
             return task
         local = _processes_here(options.nproc, gpus, backend)
@@ -296,7 +296,7 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if rank_here is None or not 0 <= rank_here < nodes:
         raise UserError(f"--rank {options.rank}: with --world-size {nodes} expected 0 to {nodes - 1}")
     if nodes > 1 and options.dist_url is None:
-        raise UserError(f"--world-size {nodes}: --dist-url tcp://HOST:PORT of the first node is needed")
+        raise UserError(f"--world-size {nodes}: needs --dist-url tcp://HOST:PORT of the first node")
     if not options.distributed:
         return Processes(nodes, rank_here, None, 1, 0, options.dist_url, backend)
     local = _processes_here(options.nproc, gpus, backend)
@@ -305,11 +305,11 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
 
 
 def _processes_here(nproc: int | None, gpus: int, backend: str) -> int:
-    """How many processes to start on this node."""
+    """The number of processes to start on this node."""
     local = nproc or gpus or 1
     if backend == "nccl" and local > gpus:
         raise UserError(
-            f"--nproc {local}: nccl takes one process a GPU, and {gpus} are visible; or --dist-backend gloo"
+            f"--nproc {local}: nccl takes one process a GPU, but {gpus} are visible; or use --dist-backend gloo"
         )
     return local
 
@@ -325,7 +325,7 @@ def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
 
 
 def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """A node's number of tasks by Slurm's list: in `8(x3),4` nodes 0 to 2 have 8, node 3 has 4; 1 where it is empty."""
+    """A node's number of tasks from Slurm's list (`8(x3),4`: nodes 0 to 2 have 8, node 3 has 4); 1 if it is empty."""
     counts = []
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node):
         counts += [int(tasks)] * int(times or 1)
@@ -351,7 +351,7 @@ def _single_device(gpu: int | None) -> torch.device:
     if gpu is None:
         return default_device()
     if not 0 <= gpu < gpus:
-        raise UserError(f"--gpu {gpu}: {gpus} GPUs are visible; leave the option out to run on the CPU")
+        raise UserError(f"--gpu {gpu}: {gpus} GPUs are visible; omit the option to run on the CPU")
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
 
@@ -363,14 +363,14 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:
-        # gloo beside nccl: hosts can then agree on something without waiting for their devices
+        # gloo besides nccl: lets hosts agree on something without waiting for their devices
         backend = "cpu:gloo,cuda:nccl" if plan.backend == "nccl" else plan.backend
         with _interruptible():
             store, *_ = next(dist.rendezvous(plan.url, own_rank, plan.world_size, timeout=TIMEOUT))
             store = _clean_store(store, own_rank, plan.world_size)
             dist.init_process_group(backend, None, TIMEOUT, plan.world_size, own_rank, store)
-            dist.all_reduce(torch.zeros(()))  # one that ended now would break the others' connecting
-    except (ValueError, RuntimeError) as error:  # DistError is one of the latter
+            dist.all_reduce(torch.zeros(()))  # a process that ended now would break the others' connecting
+    except (ValueError, RuntimeError) as error:  # DistError is a RuntimeError
         raise UserError(f"--dist-url {plan.url}: no process group: {' '.join(str(error).split())[:200]}") from error
     worker(device, *args)
     dist.destroy_process_group()
@@ -378,9 +378,9 @@ def _run_one(plan: Processes, own_rank: int, local_rank: int, worker: Callable, 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end this process at once: Python's handler does not run while PyTorch waits for other processes."""
+    """Let Ctrl-C end this process at once: Python's handler cannot run while PyTorch waits for other processes."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where it is ignored, as in a shell's background job
+    if before is signal.default_int_handler:  # unless ignored, as in a shell's background job
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -390,14 +390,14 @@ def _interruptible() -> Iterator[None]:
 
 
 def _clean_store(store: dist.Store, own_rank: int, world_size: int) -> dist.Store:
-    """`store` under a name that only the processes that start now know.
+    """`store` with a prefix known only to the processes starting now.
 
-    torchrun's store outlives its processes: after a restart it still holds the addresses of the dead, and each may be
-    taken for a new one (pytorch#135712); its count of restarts is each node's own. So rank 0 makes up a name and tells
-    it to those who ask, whose questions bear a mark of their own.
+    torchrun's store outlives its processes: after a restart it still holds the addresses of dead ones, which may be
+    mistaken for new ones (pytorch#135712), and its restart count is local to a node. So rank 0 chooses a random prefix
+    and sends it to each rank that asks; each request carries a random mark.
 
     Raises:
-        UserError: a rank did not come in time.
+        UserError: a rank did not connect in time.
     """
     mark = uuid.uuid4().hex
     if own_rank > 0:
@@ -411,18 +411,18 @@ def _clean_store(store: dist.Store, own_rank: int, world_size: int) -> dist.Stor
             if store.check([f"question/{other}"]):
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", mark)
             if time.monotonic() > end:
-                raise UserError(f"rank {other} of {world_size} did not come within {TIMEOUT}; was it started?")
+                raise UserError(f"rank {other} of {world_size} did not connect within {TIMEOUT}; was it started?")
             time.sleep(0.01)
     return dist.PrefixStore(mark, store)
 
 
 def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
     default = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    resource_tracker.ensure_running()  # it ignores what is ignored now, and SIGTERM: it must outlive both
+    resource_tracker.ensure_running()  # inherits ignored signals and ignores SIGTERM: it must outlive both
     signal.signal(signal.SIGUSR1, default)
     messages = mp.get_context("spawn").SimpleQueue()
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say ourselves who ended and why
-    asked, processes = [], []  # signals that came to this process, and whom they are passed on to
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we report ourselves who ended and why
+    asked, processes = [], []  # signals received, and the processes to forward them to
 
     def pass_on(number: int, frame: FrameType | None = None) -> None:
         asked.append(signal.Signals(number).name)
@@ -434,12 +434,12 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
         signal.signal(number, pass_on)
     context = mp.spawn(_spawned, (plan, worker, args, messages), nprocs=plan.local, join=False)
     processes += context.processes
-    if asked:  # while there was nobody to pass it on to
+    if asked:  # received before the processes existed
         pass_on(signal.Signals[asked[0]])
     try:
         while not context.join(grace_period=GRACE):
             pass
-    except KeyboardInterrupt:  # of this process alone: from a terminal it goes to all
+    except KeyboardInterrupt:  # may have reached only this process; from a terminal it goes to all
         pass_on(signal.SIGTERM)
         for process in processes:
             process.join(GRACE)
@@ -449,7 +449,7 @@ def _spawn(plan: Processes, worker: Callable, args: tuple) -> None:
         if not messages.empty():
             kind, message = messages.get()
             raise kind(message) from None
-        if error.signal_name in asked:  # ranks that have come as far as StopSignal do not die of these
+        if error.signal_name in asked:  # ranks that have installed StopSignal do not die of these
             raise Preempted(f"stopped by {error.signal_name} before the first step; run it again to go on") from None
         how = f"by {error.signal_name}" if error.signal_name else f"with exit status {error.exit_code}"
         own_rank = plan.first_rank + error.error_index

@@ -1,4 +1,4 @@
-"""What the two evaluation scripts share: what is evaluated, where the results go, and how accuracies are counted."""
+"""Code shared by the two evaluation scripts: what to evaluate, where results go, how accuracies are computed."""
 
 import argparse
 import hashlib
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("avssrl")
 
 FREE_TO_CHANGE = ("resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root")
-"""Keys that leave an evaluation's meaning alone."""
+"""Keys that do not affect the result of an evaluation."""
 RANDOM = "random weights"
-"""What results call an encoder that was not pre-trained."""
+"""The name in results of an encoder that was not pre-trained."""
 AGAIN = "run it again with --resume"
-"""What goes on with an evaluation that was asked to stop."""
+"""How to resume an evaluation that was asked to stop."""
 
 
 def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str) -> tuple[dict, dict]:
-    """CFG and MODEL_CFG of a command line, with what its options change in them.
+    """Load CFG and MODEL_CFG of a command line and apply its options to them.
 
     Raises:
-        UserError: a bad key or option, or a file that is not what its place on the command line asks for.
+        UserError: a bad key or option, or a file of the wrong kind.
     """
     cfg = load_config(args.cfg, args.set, "evaluation")
     model_cfg = load_config(args.model_cfg, args.set_model, "pre-training")
     if cfg["model"]["name"] != classifier:
-        raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that see {other_script}")
+        raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that use {other_script}")
     if args.checkpoint and args.random_weights:
-        raise UserError("--checkpoint and --random-weights: one or the other")
+        raise UserError("--checkpoint and --random-weights exclude each other; give only one")
     if args.few_shot_ratio is not None and not 0 < args.few_shot_ratio <= 1:
         raise UserError(f"--few-shot-ratio {args.few_shot_ratio:g}: expected above 0 and at most 1")
     if args.seed is not None:
@@ -59,17 +59,17 @@ def folds(cfg: dict) -> list[int]:
 
 
 def final_clips(cfg: dict) -> tuple[int, int]:
-    """Clips a video in the final test: at random times, for Clip@k, and evenly over the video, for Video@k."""
+    """Clips per video in the final test: at random times for Clip@k, and evenly spaced for Video@k."""
     return cfg["dataset"]["test"]["final_clips_per_video"], cfg["dataset"]["test_dense"]["clips_per_video"]
 
 
 def variant(args: argparse.Namespace, cfg: dict) -> str:
-    """What sets an evaluation apart from the plain one of its YAML, as a folder's name; empty for the plain one."""
+    """A folder name for how an evaluation differs from the plain one of its YAML; empty for the plain one."""
     parts = []
     if args.checkpoint:
         path = Path(args.checkpoint)
         digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:6]
-        name = os.fsencode(path.name).decode(errors="replace")  # TensorBoard takes no folder that is no UTF-8
+        name = os.fsencode(path.name).decode(errors="replace")  # TensorBoard rejects folders that are not UTF-8
         parts.append(f"checkpoint-{name.removesuffix('.tar').removesuffix('.pth')}-{digest}")
     if args.random_weights and not cfg["benchmark"]["name"].endswith("-random"):
         parts.append("random-weights")
@@ -84,7 +84,7 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
 
 
 def fold_folder(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> Path:
-    """Where one fold's results go: `<benchmark folder>/fold-<NN>/`, and in it a variant's own folder."""
+    """The folder of one fold's results: `<benchmark folder>/fold-<NN>/`, with a subfolder for a variant."""
     return benchmark_folder(cfg, model_cfg) / f"fold-{fold:02d}" / variant(args, cfg)
 
 
@@ -94,10 +94,10 @@ def benchmark_folder(cfg: dict, model_cfg: dict) -> Path:
 
 
 def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) -> str:
-    """Load pre-trained weights into a video backbone, or leave its random ones; says in words what they are.
+    """Load pre-trained weights into a video backbone, or keep its random ones; returns a description of them.
 
     Raises:
-        UserError: no such checkpoint, or it does not fit.
+        UserError: there is no such checkpoint, or it does not match.
     """
     if args.random_weights:
         return RANDOM
@@ -120,7 +120,7 @@ def load_encoder(encoder: nn.Module, args: argparse.Namespace, model_cfg: dict) 
 class Failures:
     """Videos that could not be decoded: an error, or with `allow` a list for the result.
 
-    Those of the stored `states`, which were trained without them, are in it from the first.
+    The list starts with those of the stored `states`, which were trained without them.
     """
 
     def __init__(self, allow: bool, states: Mapping[str, dict] | None = None) -> None:
@@ -129,17 +129,17 @@ class Failures:
             self.names |= state.get("failures", {})
 
     def __call__(self, failures: list[tuple[str, str]]) -> None:
-        """Note failures of all ranks; every rank must call it with the same.
+        """Record the failures of all ranks; every rank must pass the same ones.
 
         Raises:
-            UserError: there are some and they are not allowed.
+            UserError: there are failures and they are not allowed.
         """
         if failures and not self.allow:
             name, reason = failures[0]
-            raise UserError(f"{name}: cannot be decoded ({reason}); mend it, or go on without it by --allow-missing")
+            raise UserError(f"{name}: cannot be decoded ({reason}); fix it, or skip it with --allow-missing")
         for name, reason in failures:
             if name not in self.names:
-                log.warning("left out: %s: %s", name, reason)
+                log.warning("skipped: %s: %s", name, reason)
             self.names[name] = reason
 
 
@@ -147,9 +147,11 @@ class Failures:
 
 
 def top_share(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share of rows, in percent, whose label is among the min(k, classes) largest scores. Ties and NaN do not count.
+    """Top-k accuracy in percent, k at most the number of classes. Ties and NaN count against the label.
 
-    Scores are (N, classes), labels (N,).
+    Args:
+        scores: (N, classes).
+        labels: (N,).
     """
     own = scores.gather(1, labels.unsqueeze(1))
     ahead = (~(scores < own)).sum(1) - 1
@@ -157,18 +159,18 @@ def top_share(scores: Tensor, labels: Tensor, k: int) -> float:
 
 
 def clip_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Clip@1 and Clip@5 in percent: each of the clips of logits (videos, clips, classes) is a sample of its own."""
+    """Clip@1 and Clip@5 in percent from logits (videos, clips, classes), each clip counted as one sample."""
     each = labels.repeat_interleave(logits.shape[1])
     return {f"Clip@{k}": top_share(logits.flatten(0, 1), each, k) for k in (1, 5)}
 
 
 def video_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Video@1 and Video@5 in percent, by `video_scores` of logits (videos, clips, classes)."""
+    """Video@1 and Video@5 in percent, from `video_scores` of logits (videos, clips, classes)."""
     return {f"Video@{k}": top_share(video_scores(logits), labels, k) for k in (1, 5)}
 
 
 def video_scores(logits: Tensor) -> Tensor:
-    """Logits (videos, clips, classes) to the mean over the clips of their softmax, (videos, classes)."""
+    """Softmax of logits (videos, clips, classes), averaged over clips: (videos, classes)."""
     return logits.double().softmax(2).mean(1)
 
 
@@ -176,19 +178,19 @@ def video_scores(logits: Tensor) -> Tensor:
 
 
 def recipe(cfg: dict, **more: object) -> dict:
-    """All that says how an evaluation is made, in plain data."""
+    """All settings that define an evaluation, as plain data."""
     flat = {key: value for key, value in flatten(cfg).items() if not key.startswith(FREE_TO_CHANGE)}
     return flat | more
 
 
 class StoredClassifier:
-    """The classifier that an evaluation keeps in its folder, with the prints of what it was made from.
+    """The classifier stored in an evaluation's folder, with fingerprints of what it was made from.
 
     Args:
-        folder: the evaluation's.
-        cfg: its configuration; `resume` and `test_only` say what is wanted of a stored one.
+        folder: the evaluation's folder.
+        cfg: its configuration; `resume` and `test_only` determine how a stored classifier is used.
         encoder, data: fingerprints of the pre-trained weights and of the videos.
-        recipe: what `recipe` answered.
+        recipe: the result of `recipe`.
     """
 
     def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict) -> None:
@@ -198,10 +200,11 @@ class StoredClassifier:
         self.prints = {"encoder": encoder, "data": data, "recipe": recipe}
 
     def load(self) -> dict[str, dict]:
-        """The stored states by part, on every rank; empty where new classifiers are to be trained.
+        """The stored states by part, on every rank; empty if new classifiers are to be trained.
 
         Raises:
-            UserError: it was made from something else, `test_only` finds none, or the ranks found different ones.
+            UserError: the stored one was made from something else, `test_only` finds none, or the ranks found
+                different ones.
         """
         self._parts = checkpoint.agreed(self.folder, self._load, _places)
         return self._parts
@@ -219,15 +222,15 @@ class StoredClassifier:
         for what in ("encoder", "data"):
             if state[what] != self.prints[what]:
                 raise UserError(
-                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]}; start anew without "
-                    "--resume and with --set resume=false"
+                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]}; start from scratch "
+                    "without --resume and with --set resume=false"
                 )
         then, now = state["recipe"], self.prints["recipe"]
         for key in then | now:
             if then.get(key) != now.get(key):
                 raise UserError(
-                    f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; go back to that, or start "
-                    "anew without --resume and with --set resume=false"
+                    f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or start "
+                    "from scratch without --resume and with --set resume=false"
                 )
         log.info("going on from %s", path)
         parts = state["parts"]
@@ -237,7 +240,7 @@ class StoredClassifier:
         return parts
 
     def save(self, part: str, **state: object) -> None:
-        """Rank 0 keeps the state of a part beside those of the others."""
+        """Store the state of a part along with those of the others, on rank 0."""
         self._parts[part] = state
         if is_main():
             state = {**self.prints, "parts": self._parts}
@@ -246,14 +249,14 @@ class StoredClassifier:
 
 
 def _places(parts: Mapping[str, dict]) -> str:
-    """Where the training of each part had come to."""
+    """The training progress of each part."""
     return ", ".join(f"{part} epoch {state['epoch']}, step {state.get('step', 0)}" for part, state in parts.items())
 
 
 def begin_fold(folder: Path, config: dict, anew: bool) -> None:
-    """Rank 0 writes config.yaml, and for a training from the start (`anew`) drops the results of an earlier one.
+    """Write config.yaml on rank 0, and when training from scratch (`anew`) delete the results of an earlier training.
 
-    Not for a mere test, which leaves the training's configuration as it is.
+    With `test_only` the training's config.yaml is left as it is.
     """
     if anew and is_main():
         for pattern in ("results.json", "per-class-*.csv", "confusion-*.png"):
@@ -264,7 +267,7 @@ def begin_fold(folder: Path, config: dict, anew: bool) -> None:
 
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:
-    """What an evaluation is of, for its results."""
+    """Metadata of an evaluation, for its results."""
     network = model_cfg["model"]["args"]
     return {
         "kind": kind,
@@ -283,7 +286,7 @@ def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, ki
 
 
 def describe_videos(args: argparse.Namespace, cfg: dict, data: "FoldData", failures: Failures) -> dict:
-    """The videos of an evaluation, for its results: the few-shot subset by name, to be checked; what was left out."""
+    """The videos of an evaluation, for its results: names of the few-shot subset, and skipped videos."""
     few_shot = None
     if args.few_shot_ratio is not None:
         videos = [data.train.name(row) for row in data.chosen]

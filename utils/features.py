@@ -1,4 +1,4 @@
-"""Outputs of a frozen network for every clip of every video: computed by all processes, kept by the first one."""
+"""Outputs of a frozen network for every clip of every video, computed by all processes and kept by rank 0."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from utils.errors import UserError
 
 log = logging.getLogger("avssrl")
 
-VERSION = 2  # raised when the same request would no longer give the same features
+VERSION = 2  # increase when the same request would give other features
 Forward = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 ClipOutputs = tuple[dict[str, np.ndarray], np.ndarray]
-"""On rank 0 outputs (videos, clips, D) by name, and which videos could be read, bool (videos,); elsewhere nothing."""
+"""Outputs (videos, clips, D) by name, and which videos could be read, bool (videos,); on ranks other than 0 empty."""
 
 
 def clip_outputs(
@@ -32,16 +32,15 @@ def clip_outputs(
     failed: Callable[[list[tuple[str, str]]], None],
     create: Callable[[str, tuple[int, int, int]], np.ndarray] | None = None,
 ) -> ClipOutputs:
-    """Run every clip through a network, each rank its share of the videos, each video once.
+    """Run every clip of each video through a network, with the videos divided among ranks.
 
     Args:
-        forward: frames (M, T, H, W, 3) and their augmentation (M, 5) or None to a dict of outputs (M, D). Called in
-            inference mode, with at most `chunk` clips.
-        batches: this rank's, of `index` (N,), `frames` (N, clips, T, H, W, 3), `failures`, by `collate_readable`; every
-            rank has the same number of them.
-        failed: told the failures of all ranks, on every rank.
-        create: makes the array for an output's name and shape (videos, clips, D), float32; default: in memory.
-
+        forward: maps frames (M, T, H, W, 3) and their augmentation (M, 5) or None to a dict of outputs (M, D). Called
+            in inference mode, with at most `chunk` clips.
+        batches: this rank's batches from `collate_readable`: `index` (N,), `frames` (N, clips, T, H, W, 3), `failures`.
+            Every rank must have the same number of them.
+        failed: called on every rank with the failures of all ranks.
+        create: makes the float32 array for an output's name and shape (videos, clips, D); default: in memory.
     """
     arrays: dict[str, np.ndarray] = {}
     readable = np.zeros(num_videos, dtype=bool)
@@ -83,9 +82,9 @@ def stored_clip_outputs(
     chunk: int,
     failed: Callable[[list[tuple[str, str]]], None],
 ) -> ClipOutputs:
-    """As `clip_outputs`, kept in `<cache_dir>/features/<digest of meaning>/` and read from there the next time.
+    """`clip_outputs`, cached in `<cache_dir>/features/<digest of meaning>/`.
 
-    The arrays are memory-mapped. `meaning` says all that the values depend on, in plain data.
+    The arrays are memory-mapped. `meaning` must hold everything that the values depend on, as plain data.
 
     Raises:
         UserError: the cache cannot be written.
@@ -119,11 +118,11 @@ def stored_clip_outputs(
             np.save(building / "readable.npy", readable)
             (building / "failures.json").write_text(json.dumps(failures))
             (building / "meaning.json").write_text(text)
-            if not (folder / "meaning.json").is_file():  # half a folder, as older versions left
+            if not (folder / "meaning.json").is_file():  # an incomplete folder, left by older versions
                 shutil.rmtree(folder, ignore_errors=True)
             try:
                 os.replace(building, folder)
-            except OSError:  # another evaluation made the same in the meantime, and may be read
+            except OSError:  # another evaluation made it meanwhile, and it may be in use
                 if not (folder / "meaning.json").is_file():
                     raise
             log.info("features: %d videos, kept in %s", readable.sum(), folder)
@@ -135,13 +134,13 @@ def stored_clip_outputs(
 
 
 def rows_of(outputs: ClipOutputs, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The outputs of these videos, without those that could not be read; and which of the rows could, bool.
+    """The outputs of the readable ones of these videos, and which of the rows are readable, bool.
 
     Raises:
-        UserError: none could.
+        UserError: none are readable.
     """
     arrays, readable = outputs
     present = torch.from_numpy(readable)[rows]
     if is_main() and not present.any():
-        raise UserError(f"none of {len(rows)} videos can be read; mend them, there is nothing to go on with")
+        raise UserError(f"none of {len(rows)} videos can be read; fix them, no video is left to continue with")
     return {name: torch.from_numpy(array[rows[present].numpy()]) for name, array in arrays.items()}, present

@@ -1,4 +1,4 @@
-"""Where reports and benchmarks leave their pictures."""
+"""Figures of reports and benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def drawable(name: str) -> str:
-    """A file's or a class' name as matplotlib can draw it: bytes that are no UTF-8 replaced, `$` no mathematics."""
+    """Make a file or class name drawable by matplotlib: replace bytes that are not UTF-8, escape `$`."""
     return name.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
 
 
 def picture(name: str) -> Path:
-    """A type for argparse: a file whose ending names a format that matplotlib can draw, known before any work."""
+    """An argparse type: a file name with an extension that matplotlib supports, checked before any work."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats, ending = FigureCanvasBase.get_supported_filetypes(), Path(name).suffix[1:].lower()
@@ -27,7 +27,7 @@ def picture(name: str) -> Path:
 
 
 def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
-    """Save a picture, its folder made.
+    """Save a figure, creating its folder.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and by one process at a time."""
+"""Atomic file writes, and locks for files written by one process at a time."""
 
 import fcntl
 import logging
@@ -13,13 +13,13 @@ log = logging.getLogger("avssrl")
 
 
 def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "strict") -> None:
-    """Write a file, its folder made, so that a reader finds the old one or the new one, never half of one.
+    """Write a file atomically, creating its folder: readers find the old or the new one, never a partial one.
 
-    Several processes may write the same file at once: the last one's stays.
+    Several processes may write the same file at once; the last one wins.
 
     Args:
-        parts: texts, written as UTF-8, or bytes, one after the other.
-        errors: as `str.encode` takes it: what to do with characters that are none in UTF-8.
+        parts: texts, written as UTF-8, or bytes, which are concatenated.
+        errors: how to handle characters that UTF-8 cannot encode, as in `str.encode`.
 
     Raises:
         UserError: it cannot be written.
@@ -34,7 +34,7 @@ def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "str
                 for part in parts:
                     out.write(part.encode("utf-8", errors) if isinstance(part, str) else part)
                 out.flush()
-                os.fsync(out.fileno())  # else a loss of power may leave the new name without its content
+                os.fsync(out.fileno())  # else a power loss may leave the new name without its content
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -43,14 +43,14 @@ def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "str
 
 
 def lock(file: TextIO, place: Path) -> None:
-    """Hold a lock on an open file until it is closed; where the file system knows none, a warning says so.
+    """Lock an open file until it is closed; warn if the file system does not support locks.
 
     Raises:
-        UserError: another process holds it, who writes to `place`.
+        UserError: another process holds the lock and writes to `place`.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{place}: another process is writing there; wait for its end, or stop it first") from None
+        raise UserError(f"{place}: another process is writing there; wait for it to end, or stop it first") from None
     except OSError as error:
-        log.warning("%s: cannot be locked (%s): see to it that no second process writes there", place, error)
+        log.warning("%s: cannot be locked (%s): make sure that no other process writes there", place, error)

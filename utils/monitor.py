@@ -1,4 +1,4 @@
-"""Watching a pre-training learn: held-out retrieval and nearest neighbours, measured inside the run."""
+"""Monitoring of pre-training: held-out retrieval and nearest neighbours, measured during the run."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,13 +12,13 @@ from utils.retrieval import embed, held_out_figures
 
 
 class Monitor:
-    """Measures a run on its held-out videos (`held_out_figures`), by rank 0, while the other ranks go on or wait.
+    """Measures a run on its held-out videos (`held_out_figures`) on rank 0, while the other ranks continue or wait.
 
     Args:
-        cfg: the run's configuration; `monitor_every` says after how many epochs it is measured, 0: never.
-        model, prepare: as `embed` takes them.
+        cfg: the run's configuration; `monitor_every` is the number of epochs between measurements, 0: never.
+        model, prepare: see `embed`.
         held_out: makes the loader of the held-out videos.
-        precision: the run's, for the forward passes.
+        precision: the run's precision, for the forward passes.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Monitor:
         self.held_out, self.precision = held_out, precision
 
     def measure(self, epoch: int) -> dict[str, float]:
-        """The figures after so many epochs, in percent, told in the log; empty on other ranks than 0."""
+        """Log and return the figures after `epoch` epochs, in percent; empty on ranks other than 0."""
         if not is_main():
             return {}
         embeddings = embed(self.model, self.held_out(), self.prepare, self.precision.autocast)
@@ -44,9 +44,9 @@ class Monitor:
         return figures
 
     def record(self, writer: MetricsWriter, epoch: int, step: int) -> None:
-        """Measure after so many epochs, which are `step` steps of the run, if it is due and the metrics lack it.
+        """Measure after `epoch` epochs (`step` steps) if due and not yet in the metrics.
 
-        A run that is asked to stop meanwhile is to save and end; when it goes on from there, it is measured.
+        If the run is asked to stop meanwhile, the measurement is skipped and made when the run resumes.
         """
         every = self.cfg["monitor_every"]
         due = every and (epoch % every == 0 or epoch == self.cfg["optimizer"]["num_epochs"])

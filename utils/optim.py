@@ -7,9 +7,9 @@ from torch import nn
 
 
 def build_optimizer(optimizer: dict, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a configuration's `optimizer` section, in its fused form.
+    """Build the fused optimizer of a configuration's `optimizer` section.
 
-    `sgd` takes the first of `betas` for its momentum, which is Nesterov's.
+    `sgd` uses Nesterov momentum, given by the first of `betas`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": optimizer["lr"]["base_lr"], "weight_decay": optimizer["weight_decay"], "fused": True}
@@ -21,10 +21,10 @@ def build_optimizer(optimizer: dict, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(optimizer: dict, epoch: int, progress: float = 0.0) -> float:
-    """The learning rate in an epoch, `progress` (0 to 1) of the way through it.
+    """The learning rate at a fraction `progress` (0 to 1) of an epoch.
 
     `multistep`: base_lr times gamma for each milestone reached. `cosine`: half a cosine from base_lr to 0 over
-    num_epochs. Both rise linearly over the first `warmup_epochs`.
+    num_epochs. Both warm up linearly over the first `warmup_epochs`.
     """
     lr, now = optimizer["lr"], epoch + progress
     if lr["name"] == "multistep":
@@ -35,6 +35,6 @@ def learning_rate(optimizer: dict, epoch: int, progress: float = 0.0) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -9,15 +9,15 @@ from utils.errors import UserError
 
 
 class Precision:
-    """Autocast, loss scaling and the optimizer's step under one of four precisions.
+    """Autocast, loss scaling and optimizer steps for one of four precisions.
 
     Args:
-        name: `fp32` everywhere, `tf32` (float32 with the matrix units' rounding), `bf16` or `fp16` autocast, in which
-            what stays in float32 (losses, mel filters) is not rounded; None means `bf16` on a GPU and `fp32` on a CPU.
-        device: where the run takes place.
+        name: `fp32`; `tf32` (float32 with the rounding of tensor cores); `bf16` or `fp16` autocast, under which ops
+            that stay in float32 (losses, mel filters) are not rounded; None: `bf16` on a GPU, `fp32` on a CPU.
+        device: the run's device.
 
     Raises:
-        UserError: the device does not do this precision.
+        UserError: the device does not support this precision.
     """
 
     def __init__(self, name: str | None, device: torch.device) -> None:
@@ -39,18 +39,18 @@ class Precision:
         self._scaler.scale(loss).backward()
 
     def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """The norm of all gradients, 0-dim, after undoing the loss scale. Once before each step."""
+        """Unscale the gradients and return their total norm (0-dim). Call it once before each step."""
         self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimizer, which with fp16 is left out where gradients overflowed."""
+        """Step the optimizer; with fp16 the step is skipped if gradients overflowed."""
         self._scaler.step(optimizer)
         self._scaler.update()
 
     def leave_out_step(self) -> None:
-        """In place of `step`, after `gradient_norm`: the next step may unscale again, by half the scale."""
+        """Skip a step: replaces `step` after `gradient_norm`. The next step can unscale again, with half the scale."""
         self._scaler.update()
 
     def state_dict(self) -> dict:
@@ -58,6 +58,6 @@ class Precision:
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with a checkpoint's loss scale."""
+        """Restore a checkpoint's loss scale."""
         if state:
             self._scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Batches on the device: copied beside the computation, on a stream of their own."""
+"""Copy batches to the device on a side stream, overlapping with computation."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
-    """Go through `batches` with their tensors on `device`; on a CPU they pass as they are.
+    """Iterate over `batches` with their tensors moved to `device`; on a CPU they are passed through.
 
-    On a GPU the copies, from pinned memory, run on a side stream. The host has queued the step before by the time it
-    asks for the next batch, so they overlap with that step's computation. No batch is taken from the loader before it
-    is asked for: what waits for data, and where a run goes on, is as without.
+    On a GPU the copies, from pinned memory, run on a side stream. The host has queued the previous step by the time it
+    requests the next batch, so they overlap with that step's computation. No batch is taken from the loader before it
+    is requested, so the time spent waiting for data and the place to resume from are the same as without prefetching.
     """
     if device.type != "cuda":
         yield from batches
@@ -24,7 +24,7 @@ def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
         computing.wait_stream(stream)
         for value in batch.values():
             if isinstance(value, Tensor):
-                value.record_stream(computing)  # its memory was given out on the side stream, and is in use on this one
+                value.record_stream(computing)  # memory allocated on the side stream is in use on this one
         yield batch
 
 

@@ -1,4 +1,4 @@
-"""What processes know of the machine that they share, and of the one that started them."""
+"""Helpers for processes: available CPU cores, and exiting with the parent process."""
 
 import multiprocessing
 import os
@@ -6,12 +6,12 @@ import threading
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
-    """Let this worker process not outlive the one that started it, which may be killed."""
+    """End this worker process with its parent, even if the parent is killed."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -1,4 +1,4 @@
-"""Tables and pictures of finished runs.
+"""Tables and plots of finished runs.
 
     python3 -m utils.report demo CFG [CFG ...] [--out demo.png]
     python3 -m utils.report curves CFG [CFG ...] [--out curves.png]
@@ -7,12 +7,12 @@
     python3 -m utils.report retrieval CFG [--set KEY=VALUE] [--checkpoint FILE] [--audio-stats FILE] [--controls]
         [--png PNG] [--map PNG]
 
-`demo` measures each run's encoder on its held-out videos beside the untrained network and chance: cross-modal retrieval
-and the nearest-neighbour accuracy of frozen video features. `curves` draws loss and held-out retrieval over the epochs,
-of runs that still go on too. A folder in place of a command: all evaluations below it in one table. `concepts` draws
-accuracy over the few-shot ratio, on unseen and on seen concepts. `retrieval` is the cross-modal retrieval of any known
-checkpoint on the held-out videos of a configuration, with what is left of it without motion or the order of sound, a
-picture of queries and answers, and a map of the embeddings in two dimensions.
+`demo` compares each run's encoder on its held-out videos with the untrained network and chance: cross-modal retrieval
+and nearest-neighbour accuracy of frozen video features. `curves` plots loss and held-out retrieval over the epochs,
+also for unfinished runs. A folder instead of a command tabulates all evaluations below it. `concepts` plots accuracy
+over the few-shot ratio, on unseen and on seen concepts. `retrieval` measures cross-modal retrieval of any known
+checkpoint on the held-out videos of a configuration. Its options add controls without motion or the order of sound, a
+picture of queries with the retrieved sounds, and a two-dimensional map of the embeddings.
 """
 
 import argparse
@@ -60,27 +60,27 @@ COLUMNS = ("v2a_R@1", "v2a_R@5", "v2a_R@10", "a2v_R@1", "a2v_R@5", "a2v_R@10", f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="what runs on the demo data set have learned: a table and a picture")
+    demo = commands.add_parser("demo", help="what runs on the demo data set have learned: table and picture")
     demo.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of finished runs")
-    demo.add_argument("--out", type=picture, default="demo.png", help="the picture")
-    curves = commands.add_parser("curves", help="loss and held-out retrieval of runs over their epochs: a picture")
+    demo.add_argument("--out", type=picture, default="demo.png", help="output picture")
+    curves = commands.add_parser("curves", help="plot of loss and held-out retrieval of runs over their epochs")
     curves.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of runs with monitor_every above 0")
-    curves.add_argument("--out", type=picture, default="curves.png", help="the picture")
-    results = commands.add_parser("results", help="the accuracies of all evaluations below a folder: one table")
+    curves.add_argument("--out", type=picture, default="curves.png", help="output picture")
+    results = commands.add_parser("results", help="table of the accuracies of all evaluations below a folder")
     results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
     results.add_argument("--form", choices=("text", "markdown", "csv"), default="text")
-    results.add_argument("--out", help="a file; default: the console")
+    results.add_argument("--out", help="output file; default: the console")
     concepts = commands.add_parser("concepts", help="unseen and seen concepts over the few-shot ratio: plots and CSV")
     concepts.add_argument("folders", metavar="DIR", nargs="+", help="such as checkpoints/")
-    concepts.add_argument("--out", type=picture, default="concepts.png", help="picture; figures go beside it as CSV")
-    cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a foreign one")
+    concepts.add_argument("--out", type=picture, default="concepts.png", help="picture; figures go next to it as CSV")
+    cross = commands.add_parser("retrieval", help="cross-modal retrieval of a checkpoint, ours or a known foreign one")
     cross.add_argument("cfg", metavar="CFG", help="a pre-training configuration")
     cross.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     cross.add_argument("--checkpoint", help="default: the configuration's own run")
     cross.add_argument("--audio-stats", help="npz with mean and std of each mel bin; default: the checkpoint's own")
-    cross.add_argument("--controls", action="store_true", help="also on still frames, and on sound out of order")
-    cross.add_argument("--png", type=picture, help="a picture of videos and the sounds found for them")
-    cross.add_argument("--map", type=picture, help="a picture of the embeddings by PCA and t-SNE")
+    cross.add_argument("--controls", action="store_true", help="also measure on still frames, and on shuffled sound")
+    cross.add_argument("--png", type=picture, help="draw videos and the sounds retrieved for them")
+    cross.add_argument("--map", type=picture, help="draw the embeddings by PCA and t-SNE")
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in (*commands.choices, "-h", "--help"):
         arguments.insert(0, "results")
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def report_results(folder: str, form: str, out: str | None) -> None:
-    """Show, or write, the table of all evaluations below a folder."""
+    """Print, or write to `out`, the table of all evaluations below a folder."""
     table = summary(collect(folder), form)
     if out is None:
         print(table, end="")
@@ -107,7 +107,7 @@ def report_results(folder: str, form: str, out: str | None) -> None:
 
 
 def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
-    """Cross-modal retrieval of a checkpoint on the held-out videos, which says where the audio statistics are from."""
+    """Print cross-modal retrieval of a checkpoint on the held-out videos, and the source of the audio statistics."""
     if cfg["model"]["arch"] == "vicreg_v_wrapper":
         raise UserError(f"{args.cfg}: trains on video alone; retrieval is between video and sound")
     device = default_device()
@@ -130,7 +130,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     for name, without in (controls(prepare) if args.controls else {}).items():
         print(f"without {name}: {percentages(cross_modal_retrieval(embed(model, held_out, without)))}")
     if args.map is not None and len(embeddings["index"]) < 3:
-        raise UserError(f"--map: {len(embeddings['index'])} videos could be read, and a map is of at least 3")
+        raise UserError(f"--map: {len(embeddings['index'])} videos could be read, but a map needs at least 3")
     if args.png is not None:
         figure = plt.figure(figsize=(12, 6.5), layout="constrained")
         draw_retrieval(figure, cfg, embeddings)
@@ -140,7 +140,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
 
 
 def statistics_of(state: Mapping, cfg: dict) -> tuple[dict[str, Tensor], str]:
-    """Audio statistics of a checkpoint, or, where it has none, of the training videos; and whence they are."""
+    """Audio statistics of a checkpoint, or if it has none, of the training videos; and their source."""
     if "audio_stats" in state:
         return state["audio_stats"], "the checkpoint"
     videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
@@ -149,7 +149,7 @@ def statistics_of(state: Mapping, cfg: dict) -> tuple[dict[str, Tensor], str]:
 
 
 def report_demo(cfgs: list[dict], out: Path) -> None:
-    """Measure the runs, print the table, draw the picture."""
+    """Measure the runs, print the table, save the picture."""
     device = default_device()
     for cfg in cfgs:
         if cfg["model"]["arch"] == "vicreg_v_wrapper":
@@ -179,7 +179,7 @@ def report_demo(cfgs: list[dict], out: Path) -> None:
 
 
 def report_curves(cfgs: list[dict], out: Path) -> None:
-    """Draw the runs' losses and held-out retrieval."""
+    """Plot the runs' losses and held-out retrieval."""
     for cfg in cfgs:
         if not any(row["epoch"] for row in read_metrics(run_folder(cfg), "retrieval")):
             raise UserError(f"{run_folder(cfg)}: no held-out retrieval yet; pre-train with monitor_every above 0")
@@ -192,26 +192,26 @@ def report_curves(cfgs: list[dict], out: Path) -> None:
 
 
 def shared_held_out(cfgs: list[dict]) -> VideoList:
-    """The held-out videos of runs that are to be compared.
+    """The common held-out videos of runs to be compared.
 
     Raises:
-        UserError: they are not the same for all.
+        UserError: they are not the same for all runs.
     """
     first, *others = (build_videos(cfg["dataset"], cfg["dataset"]["test"]["split"]) for cfg in cfgs)
     for cfg, videos in zip(cfgs[1:], others, strict=True):
         if videos.fingerprint != first.fingerprint:
             raise UserError(
                 f"{run_folder(cfg)}: its held-out videos, {videos}, are not those of {run_folder(cfgs[0])}, {first}; "
-                "runs on other data go into a report of their own"
+                "report runs on other data separately"
             )
     return first
 
 
 def run_names(cfgs: list[dict]) -> list[str]:
-    """What to call runs: their `model.name`, and where several have it, their folder too.
+    """Display names of runs: `model.name`, with the folder if several runs share it.
 
     Raises:
-        UserError: two are the same run.
+        UserError: a run is given twice.
     """
     runs = [(cfg["model"]["name"], str(run_folder(cfg))) for cfg in cfgs]
     if len(set(runs)) < len(runs):
@@ -249,20 +249,23 @@ def measure(
 
 
 def chance(count: int, labels: torch.Tensor) -> dict[str, float]:
-    """What guessing gives, in percent. Videos without a label have -1."""
+    """Chance level of each figure, in percent. Videos without a label have -1."""
     figures = {name: 100 * min(1.0, int(name.rpartition("@")[2]) / count) for name in COLUMNS[:-1]}
     known = labels[labels >= 0]
     return figures | ({COLUMNS[-1]: 100 * known.bincount().max().item() / len(known)} if len(known) else {})
 
 
 def standard_error(percent: float, count: int) -> float:
-    """Of a share of so many independent trials, in percent."""
+    """The standard error, in percent, of a percentage over `count` independent trials."""
     share = percent / 100
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
 def print_table(rows: dict[str, dict[str, float]], labels: torch.Tensor) -> None:
-    """A row a network, a column a figure; `-` where there are no labels for it. `labels` are the held-out videos'."""
+    """Print a row per network and a column per figure; `-` if it needs labels and there are none.
+
+    `labels` are those of the held-out videos.
+    """
     width = max(map(len, rows))
     print(f"\n{len(labels)} held-out videos; percent; +- is the standard error of R@10 and kNN")
     print(f"{'':{width}}  " + "  ".join(f"{name:>12}" for name in COLUMNS))
@@ -278,7 +281,7 @@ def print_table(rows: dict[str, dict[str, float]], labels: torch.Tensor) -> None
 
 
 def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
-    """Each run's loss and, together, the runs' R@10 in percent over the epochs; `chance` is that of R@10."""
+    """Plot each run's loss, and all runs' R@10 in percent in one axis, over the epochs; `chance` is that of R@10."""
     *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1, squeeze=False)[0]
     for cfg, name, loss_axis in zip(cfgs, run_names(cfgs), loss_axes, strict=True):
         train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
@@ -296,14 +299,14 @@ def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
 
 
 def steps_of_an_epoch(train: list[dict]) -> float:
-    """By the training lines of a run's metrics, of which each epoch's last is after its last step."""
+    """Steps per epoch from a run's training metrics, where each epoch's last line follows its last step."""
     last = {row["epoch"]: row["step"] for row in train}
     whole = {epoch: step for epoch, step in last.items() if epoch + 1 in last} or last
     return max((step / (epoch + 1) for epoch, step in whole.items()), default=1.0)
 
 
 def draw_retrieval(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor]) -> None:
-    """Some of a run's held-out videos, and the sounds that are nearest to them (see `draw_answers`)."""
+    """Draw some of a run's held-out videos and the sounds nearest to them (see `draw_answers`)."""
     clips = build_held_out(cfg, torch.device("cpu"), most=None).dataset
     mels = cfg["dataset"]["spec_params"]["n_mels"]
     prepare = BatchPrep(cfg["dataset"], {"mean": torch.zeros(mels), "std": torch.ones(mels)}, torch.device("cpu"))

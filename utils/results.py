@@ -1,6 +1,6 @@
-"""Results of evaluations: written beside each other, read back, laid out as tables and pictures.
+"""Results of evaluations: written to disk, read back, shown as tables and plots.
 
-One evaluation writes, into its folder, `results.json`, and for each classifier `per-class-*.csv` and `confusion-*.png`.
+An evaluation writes to its folder `results.json` and, for each classifier, `per-class-*.csv` and `confusion-*.png`.
 """
 
 import csv
@@ -27,7 +27,7 @@ log = logging.getLogger("avssrl")
 
 FIGURES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
 
-METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: the thesis' name for it
+METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: name in the thesis
 THESIS = {  # benchmark, data set, method: top-1, top-5
     ("linear", "ucf101", "xID"): (51.20, 80.91),
     ("linear", "ucf101", "VICReg"): (39.75, 71.30),
@@ -40,13 +40,13 @@ THESIS = {  # benchmark, data set, method: top-1, top-5
 }
 THESIS_REMARK = (
     "The thesis pre-trained on 50,000 VGGSound videos for 100 epochs. It does not say whether its figures count clips "
-    "or videos, so top-1 and top-5 stand beside Video@1 and Video@5; its linear script ran the encoder's BN in "
+    "or videos, so its top-1 and top-5 are next to Video@1 and Video@5; its linear script ran the encoder's BN in "
     "training mode (encoder_bn: train)."
 )
 
 
 def write_json(file: Path, content: Mapping) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -57,7 +57,7 @@ def write_json(file: Path, content: Mapping) -> None:
 def write_classes(
     folder: Path, name: str, classes: Sequence[str], clip_logits: Tensor, video_logits: Tensor, labels: Tensor
 ) -> None:
-    """`per-class-<name>.csv` and `confusion-<name>.png` of one classifier; logits of its clips and of its videos."""
+    """Write `per-class-<name>.csv` and `confusion-<name>.png` of one classifier from its clip and video logits."""
     scores = video_scores(video_logits)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
@@ -82,9 +82,9 @@ def write_classes(
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) -> None:
-    """A picture of a confusion matrix (true class, predicted class), each row in percent of its videos.
+    """Plot a confusion matrix (true class, predicted class), each row in percent of its videos.
 
-    Its size grows with the number of classes, so that the names of 101 can be read.
+    The size grows with the number of classes, so that even 101 names are legible.
     """
     from matplotlib.figure import Figure
 
@@ -116,9 +116,9 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
 
 @dataclass
 class Outcome:
-    """Logits (videos, clips, classes) of a test by learning rate and feature; the first `num_random` at random times.
+    """Test logits (videos, clips, classes) by learning rate and feature; `num_random` clips at random times come first.
 
-    `epochs` are those that the classifier was trained for, and those that were asked for.
+    `epochs` are the completed and the requested training epochs of the classifier.
     """
 
     classes: Sequence[str]
@@ -129,17 +129,17 @@ class Outcome:
     neighbours: Mapping[str, Mapping[str, float]] | None = None
 
     def accuracies(self, logits: Tensor) -> dict[str, float]:
-        """Clip@k, Video@k in percent, and the numbers of clips and videos behind them."""
+        """Clip@k and Video@k in percent, and the numbers of clips and videos behind them."""
         clips, dense = logits[:, : self.num_random], logits[:, self.num_random :]
         counts = {"clips": clips[..., 0].numel(), "clips_in_video_mode": dense[..., 0].numel(), "videos": len(logits)}
         return clip_accuracies(clips, self.labels) | video_accuracies(dense, self.labels) | counts
 
 
 def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outcome]) -> dict:
-    """Write all that an evaluation found, and show its table. `outcomes` is by part: `all`, or `unseen` and `seen`.
+    """Write all results of an evaluation and log its table. `outcomes` is by part: `all`, or `unseen` and `seen`.
 
-    In `results.json`, `results` holds the figures at the base learning rate, by feature (and by part where there are
-    several), `learning_rates` those at each rate.
+    In `results.json`, `results` holds the figures at the base learning rate by feature (and by part if there are
+    several); `learning_rates` holds those at each rate.
     """
     rates: dict[str, dict] = {}
     for part, outcome in outcomes.items():
@@ -170,7 +170,7 @@ def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outco
 
 
 def finish_folds(folder: Path, results: Sequence[Mapping]) -> None:
-    """Write and show mean and standard deviation over folds: `folds.json`, in a variant `folds-<variant>.json`."""
+    """Write and log mean and standard deviation over folds, to `folds.json` or `folds-<variant>.json`."""
     leaves = [{leaf[:3]: leaf[3] for leaf in _leaves(one)} for one in results]
     mean = [
         {"part": part, "feature": feature, "learning_rate": rate}
@@ -195,7 +195,7 @@ def quick_test(
     labels: Tensor,
     clips: int,
 ) -> dict[str, float]:
-    """Clip@1 of each classifier on the first few clips of these test videos."""
+    """Clip@1 of each classifier on the first `clips` clips of these test videos."""
     features, present = rows_of(tests, rows)
     logits = logits_of({name: values[:, :clips] for name, values in features.items()})
     return {
@@ -208,11 +208,11 @@ def quick_test(
 def neighbours(
     train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor, num_random: int
 ) -> dict[str, dict[str, float]]:
-    """Nearest training videos of the test videos, by cosine, for each feature: figures in percent, k = 1, 5, 20.
+    """kNN@k and R@k in percent for each feature, by cosine of test to training videos, k = 1, 5, 20.
 
-    kNN@k is the accuracy of the majority of the k nearest, R@k the share of test videos with one of their class among
-    them. A training video is the mean of its views (videos, views, D), a test video that of the clips (videos, clips,
-    D) after the first `num_random`.
+    kNN@k is the accuracy of the majority vote of the k nearest, R@k the percentage of test videos with one of their
+    class among the k nearest. A training video is the mean of its views (videos, views, D), a test video the mean of
+    its clips (videos, clips, D) after the first `num_random`.
     """
     figures = {}
     for name in train:
@@ -225,7 +225,7 @@ def neighbours(
 
 
 def results_table(results: Mapping) -> str:
-    """The accuracies of one `results.json` as a table for the console."""
+    """Format the accuracies of one `results.json` as a table for the console."""
     rows = [["", "learning rate", *FIGURES, "clips", "videos"]]
     for part, feature, rate, figures in _leaves(results):
         name = feature if part == "all" else f"{part} {feature}"
@@ -235,7 +235,7 @@ def results_table(results: Mapping) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation (n - 1) of figures of several folds."""
+    """Mean and standard deviation (n - 1) of figures over several folds."""
     values = np.asarray(values, dtype=np.float64)
     return {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
 
@@ -255,10 +255,10 @@ COLLECTED = ("kind", "dataset", "benchmark", "model", "folder", "arch", "variant
 
 
 def collect(folder: str | Path) -> list[dict]:
-    """All `results.json` below a folder as rows of one table; of several folds the mean and deviation of each figure.
+    """All `results.json` below a folder as rows of one table, with mean and deviation of each figure over folds.
 
-    Folds are of one evaluation if they lie in one run's folder, the `folder` of a row: two runs may have the same name
-    in different places.
+    Folds belong to one evaluation if they are in the same run folder (`folder` of a row): two runs in different places
+    may have the same name.
 
     Raises:
         UserError: there is no such folder, or no result in it.
@@ -273,7 +273,7 @@ def collect(folder: str | Path) -> list[dict]:
             key = kind, dataset, benchmark, model, run_folder_of(file), arch, variant, encoder_bn
             leaves = list(_leaves(results))
         except (ValueError, KeyError, TypeError, AttributeError):
-            log.warning("%s: no result of this project; left out", file)
+            log.warning("%s: not a result of this project; skipped", file)
             continue
         for part, feature, rate, figures in leaves:
             if rate == results["learning_rate"]:
@@ -288,13 +288,13 @@ def collect(folder: str | Path) -> list[dict]:
 
 
 def _random(results: Mapping) -> str:
-    """A word for random weights where the variant has none, since the benchmark's name ends in -random."""
+    """A label for random weights if the variant lacks one because the benchmark's name ends in -random."""
     random = results.get("encoder", {}).get("weights") == RANDOM
     return "random" if random and "random-weights" not in results["variant"] else ""
 
 
 def _unfinished(results: Mapping) -> str:
-    """A word for a classifier that was tested before its training was over."""
+    """A label for a classifier that was tested before its training was complete."""
     return "unfinished" if any(e["done"] < e["asked"] for e in results.get("epochs", {}).values()) else ""
 
 
@@ -302,10 +302,10 @@ _PLAIN_FACTS = ("kind", "dataset", "benchmark", "model", "arch", "variant")
 
 
 def result_files(folders: Iterable[str | Path]) -> list[Path]:
-    """Every `results.json` below some folders.
+    """Every `results.json` below the given folders.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: a folder does not exist.
     """
     files = set()
     for folder in map(Path, folders):
@@ -316,20 +316,20 @@ def result_files(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def run_folder_of(file: Path) -> str:
-    """The folder of the pre-training that a `results.json` measured."""
+    """The folder of the pre-training run that a `results.json` evaluates."""
     evaluation = next((path for path in file.parents if path.name.startswith("eval-")), None)
     return (file.parent if evaluation is None else evaluation.parent).as_posix()
 
 
 def tell_apart(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """What to call each pair of a name and a detail: the name, and where several pairs have that, the detail too."""
+    """A display name for each pair of name and detail: the name, with the detail if several pairs share the name."""
     pairs = set(pairs)
     times = Counter(name for name, _ in pairs)
     return {(name, detail): name if times[name] == 1 else f"{name} ({detail})" for name, detail in pairs}
 
 
 def thesis_figures(row: Mapping) -> tuple[float, float] | None:
-    """The thesis' top-1 and top-5 of what a row of `collect` measured, if that is a plain result of its methods."""
+    """The thesis' top-1 and top-5 for a row of `collect`, if it is a plain result of one of its methods."""
     method = METHODS.get(row["arch"])
     if row["variant"] or row["part"] != "all" or row["benchmark"].endswith("-random") or row["feature"] != "pool":
         return None
@@ -337,7 +337,7 @@ def thesis_figures(row: Mapping) -> tuple[float, float] | None:
 
 
 def summary(rows: Sequence[Mapping], form: str) -> str:
-    """The table of `collect` as `text`, `markdown` or `csv`, with the thesis' figures beside those they go with."""
+    """Format the table of `collect` as `text`, `markdown` or `csv`, next to the thesis' corresponding figures."""
     heads = ["evaluation", "data", "benchmark", "model", "variant", "part", "feature", "folds", "videos", *FIGURES]
     table = [[*heads, "thesis top-1", "thesis top-5"]]
     models = tell_apart((row["model"], row["folder"]) for row in rows)

@@ -1,4 +1,4 @@
-"""Held-out measurements of an audio-visual encoder: embeddings of whole videos, cross-modal retrieval."""
+"""Held-out evaluation of an audio-visual encoder: embeddings of whole videos, cross-modal retrieval."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -25,18 +25,18 @@ def embed(
     prepare: Callable[[dict], tuple[Tensor, Tensor]],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Embed the windows of every readable video that `batches` (of `EvenClips`) brings, in eval mode, on the CPU.
+    """Embed the windows of all readable videos in `batches` (of `EvenClips`), in eval mode.
 
-    What cannot be read is left out, with a warning that counts it.
+    Unreadable videos are skipped, with a warning that counts them.
 
     Args:
-        model: `forward(video, audio)` to embeddings, with a backbone `video_model`.
-        prepare: frames (M, T, H, W, 3) and waveforms (M, L) of a batch to network input on the model's device.
-        autocast: the context of a forward pass, as in training: neither `prepare` nor what is measured is in it.
+        model: `forward(video, audio)` returns embeddings; has a backbone `video_model`.
+        prepare: maps frames (M, T, H, W, 3) and waveforms (M, L) of a batch to network input on the model's device.
+        autocast: the context of a forward pass, as in training; `prepare` and the metrics run outside it.
 
     Returns:
-        `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows, 512), `index` and
-        `label` (videos,).
+        On the CPU: `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows, 512),
+        `index` and `label` (videos,).
 
     Raises:
         UserError: none of the videos could be read.
@@ -54,7 +54,7 @@ def embed(
             flat = {name: batch[name].flatten(0, 1) for name in ("frames", "waveform")}
             video, audio = prepare(flat)
             with autocast():
-                video_emb, audio_emb = model.forward(video, audio)  # not model(): no compilation for these shapes
+                video_emb, audio_emb = model.forward(video, audio)  # not model(), to avoid compiling for these shapes
             outputs = {"video": video_emb, "audio": audio_emb, "features": features.pop()}
             outputs = {name: x.float().view(videos, windows, -1).cpu() for name, x in outputs.items()}
             parts.append(outputs | {"index": batch["index"], "label": batch["label"]})
@@ -72,7 +72,7 @@ def embed(
 
 
 def cross_modal_retrieval(embeddings: dict[str, Tensor]) -> dict[str, float]:
-    """R@1, R@5 and R@10 in percent from video to audio (`v2a`) and back (`a2v`), of what `embed` answered."""
+    """R@1, R@5 and R@10 in percent from video to audio (`v2a`) and back (`a2v`), from the result of `embed`."""
     figures = {}
     for name, query, gallery in (("v2a", "video", "audio"), ("a2v", "audio", "video")):
         for k, share in retrieval(embeddings[query], embeddings[gallery]).items():
@@ -81,9 +81,10 @@ def cross_modal_retrieval(embeddings: dict[str, Tensor]) -> dict[str, float]:
 
 
 def held_out_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
-    """What pre-training watches, in percent: `cross_modal_retrieval`, and where there are labels kNN@5.
+    """The metrics that pre-training monitors, in percent: `cross_modal_retrieval` and, if there are labels, kNN@5.
 
-    kNN@5 is the share of videos whose class is the majority's among the five others with the nearest video features.
+    kNN@5 is the percentage of videos classified correctly by majority vote of the five others with the nearest video
+    features.
     """
     figures = cross_modal_retrieval(embeddings)
     if (embeddings["label"] >= 0).sum() > NEIGHBOURS:
@@ -93,10 +94,10 @@ def held_out_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
 
 
 def controls(prepare: Callable[[dict], tuple[Tensor, Tensor]]) -> dict[str, Callable[[dict], tuple[Tensor, Tensor]]]:
-    """`prepare`, as `embed` takes it, less what the key says: what is still found does not rest on that.
+    """Variants of `prepare` (see `embed`) that remove one cue each: remaining retrieval does not depend on it.
 
-    `motion`: the middle frame of a clip takes the place of all. `order of sound`: the times of a spectrogram are in
-    random order, another one for each.
+    `motion`: all frames of a clip are replaced by the middle one. `order of sound`: the time steps of each spectrogram
+    are shuffled, in a different order for each.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -124,13 +125,13 @@ def draw_answers(
     queries: int = 5,
     answers: int = 4,
 ) -> None:
-    """Rows of a video's frames and the spectrograms of the sounds nearest to it; its own has a green frame.
+    """Draw rows of a video's frames and the spectrograms of its nearest sounds; its own has a green border.
 
     Args:
-        figure: matplotlib's, or one of its subfigures.
-        embeddings: what `embed` answered. Shown are videos from the best to the median of their better half.
-        show: a video's `index` to its frames (T, H, W, 3) and its spectrogram (n_mels, frames).
-        classes: names of the labels, or nothing.
+        figure: a matplotlib figure or subfigure.
+        embeddings: the result of `embed`. The videos shown range from the best to the median of the better half.
+        show: maps a video's `index` to its frames (T, H, W, 3) and its spectrogram (n_mels, frames).
+        classes: names of the labels, or empty.
     """
     video, audio = (torch.nn.functional.normalize(embeddings[name], dim=2) for name in ("video", "audio"))
     similarity = torch.einsum("iwd,jwd->ij", video, audio)
@@ -163,10 +164,10 @@ def draw_answers(
 
 
 def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | Path, seed: int = 0) -> None:
-    """A picture of the embeddings in two dimensions, coloured by label: PCA and t-SNE, of video and of sound.
+    """Plot the embeddings in two dimensions, coloured by label: PCA and t-SNE, for video and for sound.
 
-    A dot is a video, or its sound: the mean of its windows' unit embeddings. Beyond 20 classes only the 20 with the
-    most videos have colours of their own; the others are grey.
+    A dot is a video or its sound: the mean of its windows' unit embeddings. Only the 20 classes with the most videos
+    are coloured; the others are grey.
     """
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA

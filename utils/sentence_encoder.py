@@ -1,8 +1,8 @@
-"""Texts to sentence embeddings, in a process of its own: `python3 utils/sentence_encoder.py MODEL OUT < TEXTS.json`.
+"""Sentence embeddings in a separate process: `python3 utils/sentence_encoder.py MODEL OUT < TEXTS.json`.
 
-sentence-transformers imports what it finds: a package called `datasets` (Hugging Face's; in our processes it would find
-ours), and torchvision and torchaudio, which refuse to load beside some builds of PyTorch (see requirements-dev.txt).
-Texts need none of them. So this file is only ever run, by utils.label_similarity, and keeps them out of its process.
+sentence-transformers imports a package called `datasets` if it finds one (meaning Hugging Face's, but in our processes
+it would find ours), and torchvision and torchaudio, which fail to load with some builds of PyTorch (see
+requirements-dev.txt). Texts need none of them. So utils.label_similarity runs this file, which hides them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Why a run stops before its end: a signal that asks for it, numbers that are not finite."""
+"""Early stops of a run: stop signals and non-finite numbers."""
 
 import json
 import signal
@@ -17,12 +17,12 @@ from utils.logger import log
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (Slurm's warning), so that the run can save and end at the next step.
+    """Records SIGTERM and SIGUSR1 (Slurm's warning), so that the run can save and end at the next step.
 
-    The loader's workers outlive both where they go to all processes of a run (`datasets.video_dataset`).
+    The loader's workers survive both if sent to all processes of a run (`datasets.video_dataset`).
 
     Args:
-        again: what goes on with the run, for the message.
+        again: how to resume the run, for the message.
     """
 
     def __init__(self, again: str = "run it again") -> None:
@@ -35,17 +35,17 @@ class StopSignal:
         self._name = signal.Signals(number).name
 
     def on_any_rank(self) -> bool:
-        """Whether any rank was asked to stop; every rank must call it. Talks from host to host, not to the device."""
+        """Whether any rank was asked to stop; every rank must call it. Hosts communicate without the devices."""
         return any_rank(self._name is not None)
 
     def watch(self, batches: Iterable[dict], alone: bool = False) -> Iterator[dict]:
-        """These batches, until a rank is asked to stop: for work whose progress is not saved.
+        """Iterate over `batches` until a rank is asked to stop, for work whose progress is not saved.
 
         Args:
-            alone: no other rank goes through them now; else every rank must, and have as many.
+            alone: only this rank iterates now; otherwise all ranks must, over the same number of batches.
 
         Raises:
-            Preempted: one was, or with `alone` this one.
+            Preempted: a rank (with `alone`, this one) was asked to stop.
         """
         for batch in batches:
             if alone and self._name:
@@ -55,7 +55,7 @@ class StopSignal:
             yield batch
 
     def preempted(self, place: str | None = None) -> Preempted:
-        """What to raise to end this process, once rank 0 has saved the run at `place`. Every rank must call it."""
+        """The exception that ends this process once rank 0 has saved the run at `place`. Every rank must call it."""
         barrier()
         return self._error(f", saved at {place}" if place else "")
 
@@ -64,17 +64,17 @@ class StopSignal:
 
 
 class NonFiniteGuard:
-    """Stops a run whose loss or gradients are no longer finite, and says on which clips that happened.
+    """Stops a run if its loss or gradients are not finite, and reports the clips concerned.
 
-    With several ranks the gradients are already averages, so that all ranks decide alike. Reading the verdict of a step
-    would make the host wait for the device; unless steps may be skipped, it is read one step later, from pinned memory
-    to which it was copied behind its own step: reading it from the device would wait for the step queued since, too.
+    With several ranks the gradients are already averaged, so all ranks reach the same verdict. Reading it would make
+    the host wait for the device. Unless steps may be skipped, it is therefore read one step later, from pinned memory
+    to which it was copied right after its own step: reading it from the device would also wait for the next step.
 
     Args:
-        folder: the run's.
-        name_of: a video's name by its index.
-        skips: how many steps may be left out before the run stops (`skip_nonfinite`).
-        scaled: fp16. Gradients that overflow are then the loss scaler's business, and the losses alone decide.
+        folder: the run's folder.
+        name_of: maps a video's index to its name.
+        skips: number of steps that may be skipped before the run stops (`skip_nonfinite`).
+        scaled: with fp16, overflowing gradients are left to the loss scaler, and only the losses are checked.
     """
 
     def __init__(self, folder: Path, name_of: Callable[[int], str], skips: int, scaled: bool) -> None:
@@ -85,7 +85,7 @@ class NonFiniteGuard:
         self._waiting: tuple[_Verdict, dict] | None = None
 
     def protect(self, model: nn.Module) -> None:
-        """Let steps that are left out leave the BN statistics of `model` alone, which each forward pass has changed."""
+        """Make skipped steps restore the BN statistics of `model`, which each forward pass changes."""
         self._model = model if self.skips else None
         self._keep()
 
@@ -97,11 +97,11 @@ class NonFiniteGuard:
         """Whether the optimizer may step.
 
         Args:
-            place: `epoch` and `step`, from 0 on, for the report.
-            losses: the rank's, of each part of the batch.
-            norm: of the gradients.
-            terms: what the criterion measured, of the last part.
-            index: the videos of each part.
+            place: `epoch` and `step`, from 0, for the report.
+            losses: this rank's loss of each micro-batch.
+            norm: norm of the gradients.
+            terms: what the criterion measured on the last micro-batch.
+            index: the videos of each micro-batch.
 
         Raises:
             RunFailed: this step, or the one before, was not finite and may not be skipped. The diagnosis is saved.
@@ -125,16 +125,16 @@ class NonFiniteGuard:
         self.skipped += 1
         where = self._save(facts)
         if self.skipped > self.skips:
-            told = f"and skip_nonfinite: {self.skips} steps were left out already"
+            told = f"and {self.skips} steps (skip_nonfinite) were skipped already"
             raise RunFailed(f"{_describe(facts)}, {told}; {where}")
         log.warning("%s; this step is left out (%d of %d); %s", _describe(facts), self.skipped, self.skips, where)
         return False
 
     def check(self) -> None:
-        """Read the verdict of the last step, before anything is saved.
+        """Read the pending verdict of the last step; to be called before anything is saved.
 
         Raises:
-            RunFailed: it was not finite. The diagnosis is saved.
+            RunFailed: the step was not finite. The diagnosis is saved.
         """
         if self._waiting is None:
             return
@@ -143,15 +143,15 @@ class NonFiniteGuard:
             raise RunFailed(f"{_describe(facts)}; the last checkpoint is from before; {self._save(facts)}")
 
     def state_dict(self) -> dict:
-        """For the checkpoint."""
+        """State for the checkpoint."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting."""
+        """Resume counting from a checkpoint."""
         self.skipped = state["skipped"]
 
     def _save(self, facts: dict) -> str:
-        """Rank 0 writes every rank's losses, terms, clips and files; says where, or why not."""
+        """Write every rank's losses, terms, clips and files on rank 0; returns where, or why it failed."""
         indices = [i for part in facts["index"] for i in part.tolist()]
         own = {
             "rank": rank(),
@@ -160,7 +160,7 @@ class NonFiniteGuard:
             "index": indices,
             "files": [self.name_of(i) for i in indices],
         }
-        place = {name: facts[name] + 1 for name in ("epoch", "step")}  # counted from 1 on, as in the log
+        place = {name: facts[name] + 1 for name in ("epoch", "step")}  # counted from 1, as in the log
         file = self.folder / f"nonfinite-epoch{place['epoch']}-step{place['step']}.json"
         ranks = gather_objects(own)
         if is_main():
@@ -173,7 +173,7 @@ class NonFiniteGuard:
 
 
 class _Verdict:
-    """A flag on its way to the host; reading waits for the work queued before it alone."""
+    """A flag being copied to the host; reading it waits only for work queued before the copy."""
 
     def __init__(self, flag: Tensor) -> None:
         self._host, self._copied = flag, None

@@ -1,12 +1,12 @@
-"""Concept generalization by one command: methods x few-shot ratios x subsets, then the plots.
+"""Concept generalization in one command: methods x few-shot ratios x subsets, then the plots.
 
     python3 -m utils.sweep configs/ucf/8at16-linear.yaml configs/VGGSound-N1024.yaml configs/VGGSound-VICReg.yaml \\
         --random-weights --ratios 0.05 0.1 0.2 0.5 1 --seeds 42 43 44 --set dataset.root=DIR --out concepts.png
 
-Runs eval-action-recg-linear.py --use-rest-classes for every combination. An encoder sees the videos once: its features
-are kept below `cache_dir`, and every ratio and subset trains on them. `--seeds` are those of the few-shot subsets
-(`few_shot_seed`); at ratio 1 there is only one. Run again, it goes on: stored classifiers are only tested. What follows
-`--` goes to the script as it is (`-- --distributed --allow-missing`).
+Runs eval-action-recg-linear.py --use-rest-classes for every combination. Each encoder processes the videos once: its
+features are cached below `cache_dir`, and all ratios and subsets train on them. `--seeds` are the seeds of the few-shot
+subsets (`few_shot_seed`); ratio 1 has only one subset. The same command resumes the sweep: stored classifiers are only
+tested. Options after `--` are passed to the script (`-- --distributed --allow-missing`).
 """
 
 import argparse
@@ -27,20 +27,20 @@ from utils.figures import picture
 from utils.logger import duration
 
 SCRIPT = Path(__file__).resolve().parents[1] / "eval-action-recg-linear.py"
-VIEWS = 5  # of each training video, where CFG asks for fresh crops
+VIEWS = 5  # views per training video if CFG asks for fresh crops
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cfg", metavar="CFG", help="YAML of the linear evaluation")
-    parser.add_argument("model_cfgs", metavar="MODEL_CFG", nargs="+", help="YAML of a pre-training, one a method")
+    parser.add_argument("model_cfgs", metavar="MODEL_CFG", nargs="+", help="YAML of a pre-training, one per method")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0], metavar="R")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], metavar="S", help="of the subsets")
-    parser.add_argument("--random-weights", action="store_true", help="random weights as one more method")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], metavar="S", help="seeds of the subsets")
+    parser.add_argument("--random-weights", action="store_true", help="add random weights as a method")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of CFG")
     parser.add_argument("--set-model", metavar="KEY=VALUE", action="append", default=[], help="change every MODEL_CFG")
     parser.add_argument("--anew", action="store_true", help="train every classifier again")
-    parser.add_argument("--out", type=picture, default="concepts.png", help="picture; the figures go beside it as CSV")
+    parser.add_argument("--out", type=picture, default="concepts.png", help="picture; figures go next to it as CSV")
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
@@ -48,12 +48,12 @@ def main() -> None:
 
 
 def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
-    """Run what is missing, then report.
+    """Run the missing evaluations, then report.
 
     Raises:
         UserError: a bad key or ratio.
         RunFailed: an evaluation failed; its message is on the console.
-        Preempted: it was asked to stop, and so was its evaluation.
+        Preempted: the sweep, and with it the evaluation, was asked to stop.
     """
     for ratio in args.ratios:
         if not 0 < ratio <= 1:
@@ -62,7 +62,7 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
     model_cfgs = [load_config(model_cfg, args.set_model, "pre-training") for model_cfg in args.model_cfgs]
     folders = [benchmark_folder(cfg, model_cfg) for model_cfg in model_cfgs]
     if not cfg["feature_views"]:
-        print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); here {VIEWS}, so that features are made once")
+        print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); using {VIEWS}, to compute features only once")
         args.set = [*args.set, f"feature_views={VIEWS}"]
     runs, started, child = list(combinations(args)), time.monotonic(), Child()
     for done, (model_cfg, random, ratio, seed) in enumerate(runs):
@@ -74,14 +74,14 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
             again = "run it again without --anew" if args.anew else "run it again"
             raise Preempted(f"stopped by a signal; {again} to go on")
         if status:
-            raise RunFailed(f"{SCRIPT.name} ended with status {status} (above is why); mend it and run this again")
+            raise RunFailed(f"{SCRIPT.name} ended with status {status} (see above); fix it and run this again")
     report_concepts(folders, args.out)
 
 
 class Child:
-    """Commands in processes of their own, one at a time, to which SIGTERM and SIGUSR1 are passed on.
+    """Runs commands in child processes, one at a time, forwarding SIGTERM and SIGUSR1.
 
-    `asked` is the signal that came, or None.
+    `asked` is the signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -96,15 +96,15 @@ class Child:
             self._process.send_signal(number)
 
     def run(self, command: list[str]) -> int:
-        """Its exit status."""
+        """Run a command and return its exit status."""
         with subprocess.Popen(command) as self._process:
-            if self.asked is not None:  # it came before there was a process to pass it on to
+            if self.asked is not None:  # received before the process existed
                 self._process.send_signal(self.asked)
             return self._process.wait()
 
 
 def combinations(args: argparse.Namespace) -> Iterator[tuple[str, bool, float, int]]:
-    """MODEL_CFG, whether with random weights, ratio, seed. The whole training set, ratio 1, has one subset."""
+    """Yield MODEL_CFG, whether with random weights, ratio, seed. Ratio 1, the whole training set, has one subset."""
     methods = [(model_cfg, False) for model_cfg in args.model_cfgs]
     if args.random_weights:
         methods.append((args.model_cfgs[0], True))

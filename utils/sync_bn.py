@@ -1,4 +1,4 @@
-"""BN over the batches of all processes, on any device: PyTorch's own needs GPUs and a sample on every rank."""
+"""Synchronised BN on any device: PyTorch's SyncBatchNorm needs GPUs and a sample on every rank."""
 
 import logging
 import math
@@ -21,8 +21,8 @@ log = logging.getLogger("avssrl")
 class _Normalise(torch.autograd.Function):
     """BN (Ioffe and Szegedy 2015, algorithm 1) with the mean and variance of the counted samples of all ranks.
 
-    The backward pass keeps `x` alone of its size. One gather forward and one sum backward are all that travels, and
-    torch.compile takes them into its graph. Channels' sums are float64 on a CPU, which hides their order.
+    `x` is the only tensor of its size kept for the backward pass. The communication is one gather forward and one sum
+    backward, which torch.compile includes in its graph. On a CPU channel sums are float64, to hide their order.
     """
 
     @staticmethod
@@ -39,9 +39,9 @@ class _Normalise(torch.autograd.Function):
         rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, counted, mean, rstd, count)
         ctx.mark_non_differentiable(mean, var, count)
-        scale = rstd * weight  # not (x - mean) * scale: torch.compile would store x - mean in float32 for the backward
+        scale = rstd * weight  # not (x - mean) * scale: torch.compile would save x - mean in float32 for the backward
         y = _wide(x) * _channels(scale, x) + _channels(bias - mean * scale, x)
-        # a cast that changes nothing would cost all gradients under torch.compile in PyTorch 2.11
+        # a no-op cast would lose all gradients under torch.compile in PyTorch 2.11
         return y if y.dtype == x.dtype else y.to(x.dtype), mean, var, count
 
     @staticmethod
@@ -58,12 +58,12 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """`x` in float32; float64 stays."""
+    """`x` in float32, or unchanged if float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (C,) as wide as `x` is computed in, to be spread over `x` (N, C, ...)."""
+    """`values` (C,) in the compute dtype of `x`, reshaped to broadcast over `x` (N, C, ...)."""
     return values.to(torch.promote_types(x.dtype, torch.float32)).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -72,25 +72,25 @@ def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of `x` (N, C, ...), float32 on a GPU, float64 on a CPU."""
+    """Mean and variance (C,) of `x` (N, C, ...), in float32 on a GPU, float64 on a CPU."""
     x = _wide(x)
     if x.is_cuda:
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return mean, var
-    count, x = x.numel() // x.shape[1], x.double()  # before the square: rounded, it could be less than the mean's
+    count, x = x.numel() // x.shape[1], x.double()  # before squaring: rounding could make E[x^2] less than mean^2
     mean = _sum(x, torch.float64) / count
     return mean, (_sum(x.square(), torch.float64) / count - mean.square()).clamp_min(0)
 
 
 class SyncBN(_BatchNorm):
-    """A BN of (N, C, ...) whose mean and variance, in training, are those of the batches of all ranks together.
+    """BN of (N, C, ...) that in training uses the mean and variance of the batches of all ranks together.
 
-    A rank that `count_rank` leaves out adds nothing to them: it passes a dummy because it has no sample of this batch.
+    A rank excluded by `count_rank` does not contribute: it has no sample of this batch and passes a dummy.
     """
 
     def __init__(self, num_features: int, eps: float, momentum: float, affine: bool) -> None:
         super().__init__(num_features, eps, momentum, affine)
-        self.register_buffer("counted", torch.ones(()), persistent=False)  # a tensor: a number would be compiled in
+        self.register_buffer("counted", torch.ones(()), persistent=False)  # a tensor, as a number would be compiled in
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -111,10 +111,10 @@ class SyncBN(_BatchNorm):
 
 
 def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None) -> nn.Module:
-    """Let BN take its statistics over all processes: on GPUs only, a run on CPUs says that it does not.
+    """Compute BN statistics over all processes, on GPUs only; on CPUs a warning reports that they are not.
 
-    PyTorch's SyncBatchNorm has kernels of its own, and torch.compile, which cannot look into it, cuts its graph at
-    each: a model to be compiled (`compiled` as `compiles` takes it) gets `SyncBN`.
+    PyTorch's SyncBatchNorm has its own kernels, at each of which torch.compile breaks its graph: a model to be compiled
+    (for `compiled` see `compiles`) gets `SyncBN` instead.
     """
     if world_size() == 1:
         return model
@@ -127,8 +127,8 @@ def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None
 def convert_sync_bn(model: nn.Module) -> nn.Module:
     """Replace every BN of `model`, in place, by a `SyncBN` with the same parameters.
 
-    One process on a GPU keeps the faster one. On a CPU one process, too, gets these, so that it rounds as many do: BN
-    of the few values of a small batch magnifies rounding until it can be seen in an accuracy.
+    A single process on a GPU keeps the faster original. On a CPU even a single process gets `SyncBN`, to round in the
+    same way as several: BN over the few values of a small batch amplifies rounding until it affects accuracies.
     """
     if world_size() == 1 and next(model.parameters()).is_cuda:
         return model
@@ -144,10 +144,10 @@ def convert_sync_bn(model: nn.Module) -> nn.Module:
 
 
 def convert_head_sync_bn(model: nn.Module) -> None:
-    """With several processes, let the BN of xID's heads (`proj_norm: bn`) be over the batches of all, on any device.
+    """With several processes, synchronise the BN of xID's heads (`proj_norm: bn`), on any device.
 
-    A rank's few clips alone would say little of what all embeddings have in common, which is what it takes away. The
-    backbones' BN stays each rank's own, as in the thesis.
+    This BN removes what all embeddings have in common, which a rank's few clips alone would estimate poorly. The
+    backbones' BN stays local to each rank, as in the thesis.
     """
     if world_size() > 1:
         convert_sync_bn(model.video_proj)
@@ -155,10 +155,10 @@ def convert_head_sync_bn(model: nn.Module) -> None:
 
 
 def check_bn_batch(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[int, ...]) -> None:
-    """Raise UserError where a BN would get a single value of each channel, which has no variance.
+    """Raise UserError if a BN would get a single value per channel, which has no variance.
 
-    Those of heads are over single vectors, those at the end of a backbone over what its strides leave of a clip,
-    `clip_shape` (T, H, W, 3).
+    BN in heads is over single vectors, BN at the end of a backbone over the positions that its strides leave of a clip
+    with `clip_shape` (T, H, W, 3).
     """
     smallest = min(batches.sizes) // (batches.accumulate * batches.world_size)
     if smallest > 1:
@@ -167,16 +167,16 @@ def check_bn_batch(model: nn.Module, batches: "EpochBatches", clip_shape: tuple[
     places = math.prod(-(-size // stride) for size, stride in zip(clip_shape, strides, strict=False))
     found = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d)]
     if strides and places == 1:
-        found.append("the video backbone's last, for clips so small,")
+        found.append("the video backbone's last norm, for such small clips,")
     if found:
         raise UserError(
             f"dataset.batch_size: a forward pass would be of one clip, and {found[0]} is a BN, which needs more; raise "
-            "it, lower accumulate or run fewer processes; dataset.train.drop_last: true leaves out a small last one"
+            "it, lower accumulate or run fewer processes; dataset.train.drop_last: true drops a small last batch"
         )
 
 
 def count_rank(model: nn.Module, counted: bool) -> None:
-    """Say whether this rank's next batch counts in the statistics of the `SyncBN` in `model`."""
+    """Set whether this rank's next batch counts in the statistics of every `SyncBN` in `model`."""
     for module in model.modules():
         if isinstance(module, SyncBN):
             module.counted.fill_(counted)

@@ -1,4 +1,4 @@
-"""One batch through what is to be compiled, before training: where that fails, the run says so and goes on without."""
+"""A trial batch through a compiled network before training: if it fails, the run warns and continues uncompiled."""
 
 import itertools
 import time
@@ -14,19 +14,19 @@ from utils.logger import duration, log
 
 try:
     from triton.errors import TritonError
-except ImportError:  # no Triton, and none of its errors
+except ImportError:  # no Triton, so none of its errors
     TritonError = RuntimeError
 
-# torch.compile's own are RuntimeErrors; a gradient that is not laid out as the graph was told is an AssertionError.
+# torch.compile raises RuntimeErrors, and an AssertionError for a gradient whose layout differs from the traced one.
 FAILURES = (RuntimeError, AssertionError, TritonError)
 Result = TypeVar("Result")
 
 
 def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """What `call`, of something compiled, returns, and None; or None, and in one line why it failed.
+    """Call something compiled; return its result and None, or None and the reason for its failure in one line.
 
     Raises:
-        torch.OutOfMemoryError: that is not the compiler's doing.
+        torch.OutOfMemoryError: not counted as a failure of the compiler.
     """
     try:
         return call(), None
@@ -37,7 +37,7 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Name and message. A compiler's begins with its command, thousands of characters, and ends with what it found."""
+    """Name and message. A compiler's message begins with its command, thousands of characters long; its end matters."""
     message = str(error).partition("Set TORCHDYNAMO_VERBOSE=1")[0]  # advice to PyTorch's developers follows
     line = " ".join(f"{type(error).__name__}: {message}".split())
     return line if len(line) <= 400 else f"{line[:100]} ... {line[-300:]}"
@@ -49,16 +49,16 @@ def try_compiled(
     net: nn.Module,
     prepare: nn.Module,
 ) -> Iterator[dict]:
-    """Compile `net` and `prepare`, which are marked for it, by the first of `batches`, forward and backward.
+    """Compile `net` and `prepare`, which are marked for it, with a forward and backward pass of the first batch.
 
-    What torch.compile makes of a network is tried out by nothing but a step. If one fails, both run uncompiled on all
-    ranks from here on, and a warning gives the reason. Weights, gradients and BN statistics are left as they were.
-    Every rank must call it.
+    Only a real step shows whether torch.compile works on a network. If it fails on any rank, both modules run
+    uncompiled on all ranks from here on, and a warning gives the reason. Weights, gradients and BN statistics are left
+    unchanged. Every rank must call it.
 
     Args:
-        forward: a batch to what `net` makes of it, which must have a gradient. The function that a training loop calls,
-            under the same autocast, or what is compiled here is compiled anew there.
-        net: as `wrap` returns it.
+        forward: maps a batch to the outputs of `net`, which must require gradients. Must be the function that the
+            training loop calls, under the same autocast, to avoid recompilation there.
+        net: as returned by `wrap`.
 
     Returns:
         All of `batches`, the first one included.
@@ -72,7 +72,7 @@ def try_compiled(
     start = time.perf_counter()
     _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
-        log.warning("compile: failed, going on without: %s", reason or "so it was on another rank")
+        log.warning("compile: failed, going on without: %s", reason or "it failed on another rank")
         uncompile(net, prepare)
     else:
         log.info("compiled, and one batch tried, in %s", duration(time.perf_counter() - start))
@@ -83,7 +83,7 @@ def try_compiled(
 
 
 def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
-    """Forward and backward; DDP leaves the gradients alone."""
+    """Forward and backward pass, without DDP's gradient synchronisation."""
     with nullcontext() if world_size() == 1 else net.no_sync():
         outputs = forward(batch)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -91,7 +91,7 @@ def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
 
 
 def uncompile(*modules: nn.Module) -> None:
-    """Undo `Module.compile`, for which PyTorch has no call."""
+    """Undo `Module.compile`, for which PyTorch has no function."""
     for module in modules:
         for part in module.modules():
             part._compiled_call_impl = None
