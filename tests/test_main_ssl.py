@@ -242,7 +242,7 @@ def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
     [
         ({"dataset__root": None}, (), "dataset.root is not set"),
         ({"dataset__root": "/nowhere"}, (), "/nowhere: no such folder"),
-        ({"dataset__batch_size": 64}, (), "more than the 16 clips of an epoch"),
+        ({"dataset__batch_size": 64}, (), "exceeds the 16 clips of an epoch"),
         ({"loss__args__num_instances": 3}, (), "fewer than the 8 training videos"),
         ({"loss__name": "VICLoss", "loss__args": {}}, (), "main-vicreg.py"),
         ({"precision": "fp16"}, (), "precision: fp16 needs a GPU"),

@@ -245,7 +245,7 @@ def test_a_bank_of_another_run_is_taken_for_its_own_list_alone(tmp_path):
     theirs, ours = MemoryBank(5, 4, seed=1), MemoryBank(5, 4)
     file = checkpoint.save(tmp_path, {"train_criterion": theirs.state_dict(), "videos": "list"})
     cfg, before = {"model": {"args": {}}, "loss": {"args": {"checkpoint": str(file)}}}, ours.view1_mem.clone()
-    with pytest.raises(UserError, match="its bank is for list list, this one is another"):
+    with pytest.raises(UserError, match="its bank is for video list list, this one is another"):
         checkpoint.start_from_others(cfg, nn.Identity(), ours, "another")
     assert torch.equal(ours.view1_mem, before)
     checkpoint.start_from_others(cfg, nn.Identity(), ours, "list")

@@ -156,7 +156,7 @@ def test_retrieval_without_motion_and_without_the_order_of_sound(trained, monkey
 def test_retrieval_with_other_mel_bins(trained, monkeypatch, tmp_path):
     cfg = tmp_path / "bins.yaml"
     cfg.write_text(trained[1].read_text().replace("n_mels: 32", "n_mels: 40"))
-    with pytest.raises(UserError, match="n_mels: 40, but the audio statistics are of 32"):
+    with pytest.raises(UserError, match="n_mels: 40, but the audio statistics have 32"):
         show(monkeypatch, "retrieval", cfg)
 
 
