@@ -32,16 +32,7 @@ from utils.distributed import gather_objects, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
 from utils.features import clip_outputs, rows_of
 from utils.frozen import tensor_hash
-from utils.logger import (
-    MetricsWriter,
-    StepClock,
-    duration,
-    in_words,
-    log,
-    parameter_summary,
-    stage,
-    start_run,
-)
+from utils.logger import MetricsWriter, StepClock, duration, in_words, log, parameter_summary, stage, start_run
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
@@ -254,7 +245,7 @@ def test_logits(
 
     def forward(frames: Tensor, augmentation: Tensor | None) -> dict[str, Tensor]:
         with precision.autocast():
-            return {"logits": model.forward(prepare(frames.to(device)))}  # not model(): the last batch is smaller
+            return {"logits": model.forward(prepare(frames.to(device)))}  # not model(), which is compiled for one size
 
     model.eval()
     loader = build_video_clips(cfg, test, device, num_random=num_random, num_dense=num_dense)

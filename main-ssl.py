@@ -26,16 +26,7 @@ from utils.compiling import compiles, for_batch
 from utils.config import load_config
 from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import UserError
-from utils.logger import (
-    MetricsWriter,
-    StepClock,
-    TrainingLog,
-    log,
-    parameter_summary,
-    stage,
-    start_run,
-    write_config,
-)
+from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, stage, start_run, write_config
 from utils.metrics import Averages
 from utils.monitor import Monitor
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
