@@ -143,8 +143,10 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         with torch.autocast(video_emb.device.type, enabled=False):
             video, audio = F.normalize(video_emb.to(dtype), dim=1), F.normalize(audio_emb.to(dtype), dim=1)
             negatives, own = bank.sample_negatives(index, self.num_negatives), bank.own_rows(index)
-            v2a = self._cosines(video, audio, index, own["audio"], negatives, "audio", epoch)
-            a2v = self._cosines(audio, video, index, own["video"], negatives, "video", epoch)
+            v2a = self._bank_cosines(video, index, own["audio"], negatives, "audio", epoch)
+            a2v = self._bank_cosines(audio, index, own["video"], negatives, "video", epoch)
+            if self.live_targets:
+                v2a, a2v = _with_live(video, audio, index, v2a[1]), _with_live(audio, video, index, a2v[1])
             self.stats = _measure(v2a, a2v) | spread_and_dims(video, audio)
             self.stats["q"] = video.new_full((), q, dtype=torch.float64)
             if self.training:
@@ -156,36 +158,40 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         if self.nce_average.sharded and not is_main():
             self.state_dict()
 
-    def _cosines(
+    def _bank_cosines(
         self,
         query: torch.Tensor,
-        live: torch.Tensor,
         index: torch.Tensor,
         own: torch.Tensor,
         drawn: torch.Tensor,
         target: str,
         epoch: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cosines of unit queries (N, D) with their positives (N, 1), and with each kind of negatives (N, K).
+        """Cosines of unit queries (N, D) with rows of the bank `target`: positives (N, 1), negatives (N, K) by kind.
 
         Args:
-            live: (N, D) the clips' embeddings of the other modality; `own`: (N, D) their rows in its bank, `target`.
-            index: (N,) the clips' instances; `drawn`: (N, K) random other ones.
+            index: (N,) the queries' instances; `own`: (N, D) their rows; `drawn`: (N, K) random other instances.
         """
-        bank, negatives = self.nce_average, {}
+        negatives = {}
         if self.num_negatives:
-            negatives["random"] = _dot(query, bank.drawn_rows(target, drawn))
+            negatives["random"] = _dot(query, self.nce_average.drawn_rows(target, drawn))
         if self.hard is not None and epoch >= self.hard_neg_epoch:
-            negatives["hard"] = _dot(query, bank.synthetic_negatives(query, index, target, *self.hard))
-        if not self.live_targets:
-            return _dot(query, own[:, None]), negatives
-        same = index[:, None] == gather(index)
-        negatives["live"] = _dot(query, gather_with_grad(live)[None]).masked_fill(same, -torch.inf)
-        return _dot(query, live[:, None]), negatives
+            mixed = self.nce_average.synthetic_negatives(query, index, target, *self.hard)
+            negatives["hard"] = _dot(query, mixed)
+        return _dot(query, own[:, None]), negatives
 
     def _rince_of(self, positive: torch.Tensor, negatives: dict[str, torch.Tensor], q: float) -> torch.Tensor:
         negative = torch.cat(list(negatives.values()), dim=1)
         return self.rince(positive / self.temperature, negative / self.temperature, q)
+
+
+def _with_live(
+    query: torch.Tensor, target: torch.Tensor, index: torch.Tensor, negatives: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Cosines with the clips' own live targets (N, 1) as positives; those of other instances join the negatives."""
+    same = index[:, None] == gather(index)
+    live = _dot(query, gather_with_grad(target)[None]).masked_fill(same, -torch.inf)
+    return _dot(query, target[:, None]), negatives | {"live": live}
 
 
 @torch.no_grad()
