@@ -142,7 +142,7 @@ class SpatialMaxPool(nn.MaxPool3d):
 
 
 class Stem(nn.Sequential):
-    """`StemConv`, BN, ReLU and `SpatialMaxPool`.
+    """`StemConv`, BN, ReLU and `SpatialMaxPool`; ReLU, which keeps the order of values, runs after the pool.
 
     Compiled for a GPU, the last three are fused (`models/stem_kernels.py`), unless BN is SyncBN (`utils/sync_bn.py`).
     """
@@ -152,7 +152,7 @@ class Stem(nn.Sequential):
         x = conv(x)
         if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
             return batch_as_frames(stem_kernels.bn_relu_pool(frames_as_batch(x), bn), x.shape[0])
-        return pool(relu(bn(x)))
+        return relu(pool(bn(x)))  # the same bits as pool(relu(...)), forward and backward, at a quarter of ReLU's work
 
 
 def compiled_for_a_gpu(x: Tensor) -> bool:
@@ -206,7 +206,7 @@ def bn_relu(x: Tensor, bn: nn.Module) -> Tensor:
     """Apply `bn`, then ReLU; fused if compiled for a GPU (`models/fused_norm.py`), unless `bn` is SyncBN."""
     if compiled_for_a_gpu(x) and type(bn) is nn.BatchNorm3d:
         return fused_norm.bn_relu(x, bn)
-    return F.relu(bn(x), inplace=True)
+    return F.relu(bn(x))
 
 
 class Conv2DBlock(nn.Module):
@@ -221,8 +221,8 @@ class Conv2DBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, C_in, H, W)` to `(N, C_out, ceil(H/s), ceil(W/s))`."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)))
 
 
 def init_weights(module: nn.Module) -> None:
