@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from datasets import folder, hmdb, ucf, vggsound
 from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
 from datasets.decoded import DecodedVideos
-from datasets.evaluation import FreshClips, SharedBatches, VideoClips, present_videos
+from datasets.evaluation import FreshClips, SharedBatches, VideoClips, labelled_videos, present_videos
 from datasets.video_dataset import (
     ClipRecipe,
     EpochBatches,
@@ -114,14 +114,26 @@ def build_held_out(
     return make_loader(clips, cfg["num_workers"], device, batch_size=batch_size, collate_fn=collate_readable)
 
 
-def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str]]:
-    """List the labelled videos of an evaluation's `train` or `test` split, and the names of the missing ones.
+def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str], list[str]]:
+    """List the labelled videos of an evaluation's `train` or `test` split.
+
+    Returns:
+        The videos, the names of the missing ones, and the names of those left out because they have no label.
 
     Raises:
-        UserError: there are no data, or videos are missing and `allow_missing` is False.
+        UserError: there are no data, no video has a label, or videos are missing and `allow_missing` is False.
     """
     dataset = {**cfg["dataset"], "fold": fold}
-    return present_videos(build_videos(dataset, dataset[part]["split"]), allow_missing)
+    split = dataset[part]["split"]
+    videos, unlabelled = labelled_videos(build_videos(dataset, split))
+    if not len(videos):
+        raise UserError(
+            f"{videos.root}: none of the {len(unlabelled)} videos of split {split} has a label; set dataset.labels "
+            "(folder), or add vggsound.csv (vggsound)"
+        )
+    if unlabelled:
+        log.warning("%d videos of split %s are left out: they have no label", len(unlabelled), split)
+    return *present_videos(videos, allow_missing), unlabelled
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,7 @@ class FoldData:
     chosen: np.ndarray
     parts: list[Part]
     missing: list[str]
+    unlabelled: list[str]
 
 
 def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
@@ -153,8 +166,8 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
             f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
             f"{cfg['dataset']['num_folds']}; replace the fold's number by {{fold}}"
         )
-    train, missing = build_labelled(cfg, "train", fold, args.allow_missing)
-    test, missing_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    train, *left_out = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, *left_out_of_test = build_labelled(cfg, "test", fold, args.allow_missing)
     both = set(train.names()) & set(test.names())
     if both:
         raise UserError(
@@ -169,7 +182,8 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
         )
     chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
     parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
-    return FoldData(train, test, chosen, parts, sorted({*missing, *missing_test}))
+    missing, unlabelled = (sorted({*a, *b}) for a, b in zip(left_out, left_out_of_test, strict=True))
+    return FoldData(train, test, chosen, parts, missing, unlabelled)
 
 
 def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> DataLoader:

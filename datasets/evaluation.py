@@ -22,6 +22,14 @@ PASS_BYTES = 256_000_000  # limit for the RGB frames of one pass over a file
 MARGIN = 0.25  # seconds decoded before and after the clips of a pass, to find the frames nearest to their ends
 
 
+def labelled_videos(videos: VideoList) -> tuple[VideoList, list[str]]:
+    """Return the videos that have a label (0 or above), and the names of the others."""
+    without = videos.labels < 0
+    if not without.any():
+        return videos, []
+    return videos.subset((~without).nonzero().flatten()), [videos.name(i) for i in without.nonzero().flatten().tolist()]
+
+
 def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, list[str]]:
     """Return the videos whose files exist (in a prepared folder, by its manifest) and the names of the missing ones.
 

@@ -347,6 +347,27 @@ def test_foreign_checkpoints(cfgs, tmp_path):
     assert "not a readable checkpoint" in fail(cfg, model, "--checkpoint", tmp_path / "text")
 
 
+def test_a_folder_of_ones_own(tmp_path, make_video):
+    """Every third video is held out; one training video has no label, and one class no video to test on."""
+    root, lines = tmp_path / "mine", ["file,speaker,word"]
+    root.mkdir()
+    for i, word in enumerate(["go", "stop", "stop", "stop", "go", "wait", "go", "", "go"]):
+        make_video(root / f"{i}.mp4", seconds=0.6, fps=16, audio_rate=None)
+        lines.append(f"{i}.mp4,someone,{word}")
+    (root / "labels.csv").write_text("\n".join(lines))
+    keys = {"name": "folder", "labels": "labels.csv", "label_column": "word", "holdout_every": 3}
+    keys |= {"train__split": "train", "test__split": "test", "test_dense__split": "test"}
+    keys = {f"dataset__{key}": value for key, value in keys.items()}
+    cfg, model = tiny_evaluation.write_evaluation(tmp_path, root, **keys), tiny.write_config(tmp_path, root)
+    found = evaluate(tmp_path, cfg, model, "--random-weights")
+    assert found["unlabelled"] == ["7.mp4"] and found["results"]["pool"]["videos"] == 3
+    with next(tmp_path.glob("runs/**/per-class-pool.csv")).open() as file:
+        videos = [(row["class"], row["videos"]) for row in csv.DictReader(file)]
+    assert videos == [("go", "2"), ("stop", "1"), ("wait", "0")]
+    message = fail(cfg, model, "--random-weights", "--set", "dataset.labels=null")
+    assert "none of the 6 videos of split train has a label" in message
+
+
 def test_class_names_that_are_no_utf_8(cfgs, tmp_path, make_video):
     root = tiny_evaluation.make_ucf(tmp_path / "ucf", make_video, classes=("HandstandPushups", "Cafe"))
     for path in sorted(root.rglob("*Cafe*"), reverse=True):  # a folder after the files in it

@@ -298,12 +298,8 @@ EVALUATION = {
     "few_shot_seed": _seed(42),
     "benchmark": {"name": _text()},
     "dataset": {
-        **{
-            key: value
-            for key, value in DATASET.items()
-            if key not in ("name", "train", "test", "list", "labels", "label_column", "holdout_every")
-        },
-        "name": _one_of("ucf101", "hmdb51", "demo"),
+        **DATASET,
+        "name": _one_of("ucf101", "hmdb51", "demo", "folder", "vggsound"),
         "num_folds": _positive(int, None, nullable=True),  # folds 1 to this number, instead of `fold`
         "rest_classes": _text(None, nullable=True),  # file of unseen classes; null: the thesis' list
         "train": EVALUATION_SPLIT,

@@ -286,9 +286,10 @@ def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, ki
 
 
 def describe_videos(args: argparse.Namespace, cfg: dict, data: "FoldData", failures: Failures) -> dict:
-    """The videos of an evaluation, for its results: names of the few-shot subset, and skipped videos."""
+    """The videos of an evaluation, for its results: names of the few-shot subset, and of videos left out."""
     few_shot = None
     if args.few_shot_ratio is not None:
         videos = [data.train.name(row) for row in data.chosen]
         few_shot = {"ratio": args.few_shot_ratio, "seed": cfg["few_shot_seed"], "videos": videos}
-    return {"few_shot": few_shot, "missing": data.missing, "unreadable": failures.names}
+    left_out = {"missing": data.missing, "unlabelled": data.unlabelled, "unreadable": failures.names}
+    return {"few_shot": few_shot} | left_out

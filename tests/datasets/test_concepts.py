@@ -44,7 +44,7 @@ def test_few_shot_subsets_are_floored_nested_and_free_of_the_list_order():
 def test_a_folds_few_shot_subset_has_a_seed_of_its_own(monkeypatch):
     train, test = videos((10, 7, 4)), VideoList("/data", [f"{i}.mp4" for i in range(3)], range(3), CLASSES)
     lists = {"train": train, "test": test}
-    monkeypatch.setattr("datasets.build_labelled", lambda cfg, part, fold, allow_missing: (lists[part], []))
+    monkeypatch.setattr("datasets.build_labelled", lambda cfg, part, fold, allow_missing: (lists[part], [], []))
     args = Namespace(few_shot_ratio=0.5, use_rest_classes=False, allow_missing=False)
     for seed, few_shot_seed in ((0, 42), (3, 42), (3, 7)):
         changes = [f"seed={seed}", f"few_shot_seed={few_shot_seed}", "model.args.n_classes=3"]
