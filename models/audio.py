@@ -19,7 +19,9 @@ class Conv2DNet(nn.Module):
         if depth != 10:
             raise UserError(f"model.args.audio_backbone_args.depth: unknown depth {depth!r} of Conv2DNet; use 10")
         self.out_dim = 512
-        self.conv1 = nn.Sequential(nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
+        )
         self.block1 = Conv2DBlock(64, 64, stride=2)
         self.block2 = Conv2DBlock(64, 128, stride=2)
         self.block3 = Conv2DBlock(128, 256, stride=2)

@@ -23,7 +23,7 @@ class Projection(nn.Module):
             raise UserError(f"model.args.proj_norm: unknown {proj_norm!r}; use null or bn")
         layers = []
         for width in proj_dim:
-            layers += [nn.Linear(in_dim, width), nn.ReLU()]
+            layers += [nn.Linear(in_dim, width), nn.ReLU(inplace=True)]
             in_dim = width
         layers.pop()
         if proj_norm == "bn":

@@ -20,7 +20,7 @@ class Expander(nn.Module):
         check_widths("exp_dim", exp_dim)
         layers = []
         for width in exp_dim[:-1]:
-            layers += [nn.Linear(in_dim, width), nn.BatchNorm1d(width), nn.ReLU()]
+            layers += [nn.Linear(in_dim, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
             in_dim = width
         self.expansion = nn.Sequential(*layers, nn.Linear(in_dim, exp_dim[-1]))
 

@@ -25,7 +25,7 @@ class R2Plus1d(nn.Module):
             raise UserError(f"model.args.video_backbone_args.depth: unknown depth {depth!r} of R2Plus1d; use {allowed}")
         self.out_dim = 512
         blocks = BLOCKS_PER_STAGE[depth]
-        self.conv1 = Stem(StemConv(3, 64, kernel_size=7, stride=2), nn.BatchNorm3d(64), nn.ReLU(), SpatialMaxPool())
+        self.conv1 = Stem(StemConv(3, 64, kernel_size=7, stride=2), nn.BatchNorm3d(64), SpatialMaxPool())
         self.conv2x = _stage(64, 64, blocks[0], stride=1)
         self.conv3x = _stage(64, 128, blocks[1], stride=2)
         self.conv4x = _stage(128, 256, blocks[2], stride=2)

@@ -213,6 +213,23 @@ def test_a_stem_with_channels_of_zeros_is_the_same(group, monkeypatch):
         assert padded.stride() == plain.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_after_the_stems_pool_gives_the_bits_of_relu_before_it(dtype):
+    """Large shifts in both directions: windows without a positive value, and in bf16 windows with equal ones."""
+    stem = R2Plus1d(depth=10).conv1.to(dtype)
+    stem[1].bias.data = torch.randn_like(stem[1].bias) * 2
+    x, target = torch.randn(2, 3, 4, 33, 40).to(dtype), torch.randn(2, 64, 4, 9, 10).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    found = []
+    for forward in (stem, lambda x: stem[2](stem[1](stem[0](x)).relu())):
+        stem.zero_grad()
+        y = forward(x)
+        (y * target).sum().backward()
+        found.append([y, *(parameter.grad for parameter in stem.parameters())])
+    assert 0.1 < (found[0][0] == 0).float().mean() < 0.9
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_runs_under_bf16_autocast():
     model = R2Plus1d(10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
