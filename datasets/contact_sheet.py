@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.decoding import DecodeError, VideoFile
-from utils.figures import drawable, save_figure
+from utils.pictures import drawable, save_picture
 
 FRAMES = 4
 SAMPLE_RATE = 4000  # Hz, enough to draw
@@ -46,7 +46,7 @@ def draw_contact_sheet(
             sound.text(0.5, 0.4, "no sound", ha="center", fontsize=8, transform=sound.transAxes)
             sound.axis("off")
         pictures.axis("off")
-    save_figure(figure, file, dpi=90)
+    save_picture(figure, file, dpi=90)
 
 
 def _look(path: Path) -> tuple[np.ndarray, np.ndarray, float]:

@@ -16,15 +16,15 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.evaluation import RANDOM
-from utils.figures import save_figure
-from utils.results import FIGURES, mean_and_deviation, result_files, run_folder_of, tell_apart
+from utils.pictures import save_picture
+from utils.results import ACCURACIES, mean_and_deviation, result_files, run_folder_of, tell_apart
 
 log = logging.getLogger("avssrl")
 
 PARTS = {"unseen": "-", "seen": "--"}  # part: line style
 SHOWN = {"Video@1": "top-1", "Video@5": "top-5"}
 KEY = ("dataset", "benchmark", "method", "part", "ratio")
-COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{figure} {what}" for figure in FIGURES for what in ("mean", "std")))
+COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{name} {what}" for name in ACCURACIES for what in ("mean", "std")))
 
 
 def report_concepts(folders: Iterable[str | Path], out: Path) -> None:
@@ -69,9 +69,9 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
     for key, by_seed in sorted(found.items()):
         row = dict(zip(KEY, key, strict=True)) | dict(zip(("classes", "videos"), sizes[key], strict=True))
         row["seeds"] = len(by_seed)
-        for figure in FIGURES:
-            values = [np.mean([figures[figure] for figures in folds]) for folds in by_seed.values()]
-            row |= {f"{figure} {what}": value for what, value in mean_and_deviation(values).items()}
+        for name in ACCURACIES:
+            values = [np.mean([figures[name] for figures in folds]) for folds in by_seed.values()]
+            row |= {f"{name} {what}": value for what, value in mean_and_deviation(values).items()}
         rows.append(row)
     return rows
 
@@ -167,7 +167,7 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
             axis.set(title=f"{names[benchmark]}, {title}", ylabel=f"{figure_name}, percent")
         line[0].legend(fontsize=8, handlelength=3.5)
     if file is not None:
-        save_figure(figure, file)
+        save_picture(figure, file)
     return figure
 
 

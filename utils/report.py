@@ -38,11 +38,11 @@ from utils.cli import run_script
 from utils.concepts import report_concepts
 from utils.config import load_config, run_folder
 from utils.errors import UserError
-from utils.figures import picture, save_figure
 from utils.files import write_whole
 from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
+from utils.pictures import picture, save_picture
 from utils.results import collect, summary, tell_apart
 from utils.retrieval import (
     NEIGHBOURS,
@@ -134,7 +134,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     if args.png is not None:
         figure = plt.figure(figsize=(12, 6.5), layout="constrained")
         draw_retrieval(figure, cfg, embeddings)
-        save_figure(figure, args.png)
+        save_picture(figure, args.png)
     if args.map is not None:
         draw_map(embeddings, held_out.dataset.videos.classes or (), args.map)
 
@@ -173,7 +173,7 @@ def report_demo(cfgs: list[dict], out: Path) -> None:
     trained_here = [cfg for cfg in cfgs if (run_folder(cfg) / "metrics.jsonl").exists()]
     draw_curves(curves, trained_here, rows["chance"]["v2a_R@10"])
     draw_retrieval(pairs, cfgs[0], next(iter(runs.values())))
-    save_figure(figure, out)
+    save_picture(figure, out)
     plt.close(figure)
     print(f"picture: {out}")
 
@@ -186,7 +186,7 @@ def report_curves(cfgs: list[dict], out: Path) -> None:
     videos = min(len(shared_held_out(cfgs)), MONITOR_VIDEOS)
     figure = plt.figure(figsize=(4 * len(cfgs) + 4, 3.8), layout="constrained")
     draw_curves(figure, cfgs, 100 * min(1.0, 10 / videos))
-    save_figure(figure, out)
+    save_picture(figure, out)
     plt.close(figure)
     print(f"picture: {out}")
 

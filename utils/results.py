@@ -19,13 +19,13 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.evaluation import RANDOM, clip_accuracies, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
-from utils.figures import drawable, save_figure
 from utils.files import write_whole
 from utils.metrics import cosines, nearest_neighbour_accuracy
+from utils.pictures import drawable, save_picture
 
 log = logging.getLogger("avssrl")
 
-FIGURES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
+ACCURACIES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
 
 METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: name in the thesis
 THESIS = {  # benchmark, data set, method: top-1, top-5
@@ -63,7 +63,7 @@ def write_classes(
     confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
     with (folder / f"per-class-{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
-        rows.writerow(["class", "videos", *FIGURES, "most often taken for", "times"])
+        rows.writerow(["class", "videos", *ACCURACIES, "most often taken for", "times"])
         for c, class_name in enumerate(classes):
             own = labels == c
             if not own.any():
@@ -111,7 +111,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], file: Path) ->
                 color="0.1" if percent[i, j] < 60 else "w",
             )
     figure.colorbar(image, ax=axis, shrink=0.5, label="percent")
-    save_figure(figure, file)
+    save_picture(figure, file)
 
 
 @dataclass
@@ -174,14 +174,14 @@ def finish_folds(folder: Path, results: Sequence[Mapping]) -> None:
     leaves = [{leaf[:3]: leaf[3] for leaf in _leaves(one)} for one in results]
     mean = [
         {"part": part, "feature": feature, "learning_rate": rate}
-        | {name: mean_and_deviation([fold[part, feature, rate][name] for fold in leaves]) for name in FIGURES}
+        | {name: mean_and_deviation([fold[part, feature, rate][name] for fold in leaves]) for name in ACCURACIES}
         for part, feature, rate in leaves[0]
     ]
     name = "-".join(filter(None, ["folds", results[0]["variant"]]))
     write_json(folder / f"{name}.json", {"folds": [one["fold"] for one in results], "mean": mean})
-    rows = [["", "learning rate", *FIGURES]]
+    rows = [["", "learning rate", *ACCURACIES]]
     for line in mean:
-        cells = [f"{line[name]['mean']:.2f} +-{line[name]['std']:.2f}" for name in FIGURES]
+        cells = [f"{line[name]['mean']:.2f} +-{line[name]['std']:.2f}" for name in ACCURACIES]
         rows.append([f"{line['part']} {line['feature']}", f"{line['learning_rate']:g}", *cells])
     log.info("mean and standard deviation over %d folds", len(results))
     for line in _aligned(rows).splitlines():
@@ -226,11 +226,11 @@ def neighbours(
 
 def results_table(results: Mapping) -> str:
     """Format the accuracies of one `results.json` as a table for the console."""
-    rows = [["", "learning rate", *FIGURES, "clips", "videos"]]
+    rows = [["", "learning rate", *ACCURACIES, "clips", "videos"]]
     for part, feature, rate, figures in _leaves(results):
         name = feature if part == "all" else f"{part} {feature}"
         counts = str(figures["clips"]), str(figures["videos"])
-        rows.append([name, f"{rate:g}", *(f"{figures[f]:.2f}" for f in FIGURES), *counts])
+        rows.append([name, f"{rate:g}", *(f"{figures[f]:.2f}" for f in ACCURACIES), *counts])
     return _aligned(rows)
 
 
@@ -283,7 +283,7 @@ def collect(folder: str | Path) -> list[dict]:
     rows = []
     for key, found in sorted(groups.items()):
         row = dict(zip(COLLECTED, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
-        rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in FIGURES})
+        rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in ACCURACIES})
     return rows
 
 
@@ -338,12 +338,12 @@ def thesis_figures(row: Mapping) -> tuple[float, float] | None:
 
 def summary(rows: Sequence[Mapping], form: str) -> str:
     """Format the table of `collect` as `text`, `markdown` or `csv`, next to the thesis' corresponding figures."""
-    heads = ["evaluation", "data", "benchmark", "model", "variant", "part", "feature", "folds", "videos", *FIGURES]
+    heads = ["evaluation", "data", "benchmark", "model", "variant", "part", "feature", "folds", "videos", *ACCURACIES]
     table = [[*heads, "thesis top-1", "thesis top-5"]]
     models = tell_apart((row["model"], row["folder"]) for row in rows)
     for row in rows:
         several = row["folds"] > 1
-        figures = [f"{row[f]['mean']:.2f}" + (f" +-{row[f]['std']:.2f}" if several else "") for f in FIGURES]
+        figures = [f"{row[f]['mean']:.2f}" + (f" +-{row[f]['std']:.2f}" if several else "") for f in ACCURACIES]
         thesis = [f"{value:.2f}" for value in thesis_figures(row) or ()] or ["", ""]
         kind, dataset, benchmark, part, feature = (row[n] for n in ("kind", "dataset", "benchmark", "part", "feature"))
         encoder_bn = "encoder_bn: train" if row["encoder_bn"] == "train" else ""

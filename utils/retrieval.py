@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.figures import drawable, save_figure
 from utils.metrics import leave_one_out_accuracy, retrieval
+from utils.pictures import drawable, save_picture
 
 log = logging.getLogger("avssrl")
 
@@ -197,4 +197,4 @@ def draw_map(embeddings: dict[str, Tensor], classes: Sequence[str], file: str | 
             axis.set(title=title, xticks=[], yticks=[])
     if len(coloured):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    save_figure(figure, file)
+    save_picture(figure, file)

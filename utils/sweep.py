@@ -23,8 +23,8 @@ from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import STATUS, Preempted, RunFailed, UserError
 from utils.evaluation import RANDOM, benchmark_folder
-from utils.figures import picture
 from utils.logger import duration
+from utils.pictures import picture
 
 SCRIPT = Path(__file__).resolve().parents[1] / "eval-action-recg-linear.py"
 VIEWS = 5  # views per training video if CFG asks for fresh crops

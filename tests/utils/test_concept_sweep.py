@@ -13,7 +13,7 @@ from tests import tiny
 from tests.tiny_evaluation import CLASSES, make_ucf, write_evaluation
 from utils import concepts
 from utils.errors import UserError
-from utils.results import FIGURES
+from utils.results import ACCURACIES
 
 
 def write_result(
@@ -35,7 +35,7 @@ def write_result(
     )
     folder.mkdir(parents=True)
     parts = {
-        part: {"pool": dict.fromkeys(FIGURES, top1 + more) | {"clips": 40, "videos": 8}}
+        part: {"pool": dict.fromkeys(ACCURACIES, top1 + more) | {"clips": 40, "videos": 8}}
         for part, more in (("unseen", 0.0), ("seen", 10.0))
     }
     content = {

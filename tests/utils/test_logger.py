@@ -16,10 +16,10 @@ from torch import nn
 from utils import logger, report
 from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
-from utils.figures import save_figure
 from utils.files import write_whole
 from utils.logger import MetricsWriter, StepClock, TrainingLog, log, read_metrics
 from utils.metrics import Averages
+from utils.pictures import save_picture
 from utils.stopping import NonFiniteGuard
 
 
@@ -197,7 +197,7 @@ def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path):
         write_whole(tmp_path / "folder", b"a", memoryview(b"b"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "new"]
     with pytest.raises(UserError, match="file/picture.png: could not be drawn"):
-        save_figure(Figure(), tmp_path / "file/picture.png")
+        save_picture(Figure(), tmp_path / "file/picture.png")
 
 
 def test_a_run_from_its_start_drops_the_figures_before_its_first_step_too(tmp_path):

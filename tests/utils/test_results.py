@@ -64,7 +64,7 @@ def test_per_class_figures_add_up(tmp_path):
     with (tmp_path / "per-class-pool.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 101
-    for name in results.FIGURES:
+    for name in results.ACCURACIES:
         mean = np.mean([float(row[name]) for row in rows])
         assert mean == pytest.approx(written["results"]["pool"][name], abs=0.01)
     assert json.loads((tmp_path / "results.json").read_text()) == written

@@ -16,8 +16,8 @@ from criterions import build_criterion
 from criterions.memory_bank import DTYPES
 from utils.benchmark.tools import machine, table, time_in_turns, wait, write_json
 from utils.cli import at_least
-from utils.figures import picture, save_figure
 from utils.memory import default_device
+from utils.pictures import picture, save_picture
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,5 +123,5 @@ def _draw(args: argparse.Namespace, rows: list[dict], device: str) -> None:
     panels[0].set_ylim(0)
     panels[1].set_yscale("log")
     figure.suptitle(f"Memory bank: {sizes}; {device}", fontsize=9)
-    save_figure(figure, args.png, dpi=120)
+    save_picture(figure, args.png, dpi=120)
     plt.close(figure)

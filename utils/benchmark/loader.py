@@ -36,7 +36,7 @@ from utils.benchmark.tools import table, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import picture, save_figure
+from utils.pictures import picture, save_picture
 from utils.processes import cores
 
 STAGES = ("open", "seek and decode", "convert", "resize", "audio", "collate")
@@ -351,4 +351,4 @@ def draw(rows: list[dict], file: str) -> None:
     axis.set(xlabel="ms of one core per clip", xlim=(0, 1.25 * left.max()))
     axis.invert_yaxis()
     axis.legend(fontsize=8, ncols=3, loc="lower right")
-    save_figure(figure, file)
+    save_picture(figure, file)

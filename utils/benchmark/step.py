@@ -34,8 +34,8 @@ from utils.benchmark.tools import (
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import RunFailed, UserError
-from utils.figures import picture
 from utils.memory import default_device
+from utils.pictures import picture
 from utils.trial import attempt
 
 COLUMNS = (

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from utils.figures import save_figure
 from utils.files import write_whole
+from utils.pictures import save_picture
 
 Run = Callable[[], object]
 
@@ -237,7 +237,7 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
     axes.set_xlabel(unit)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, file, dpi=120)
+    save_picture(figure, file, dpi=120)
     plt.close(figure)
 
 

@@ -21,8 +21,8 @@ from utils.benchmark.tools import Run, machine, table, wait, write_json
 from utils.cli import at_least
 from utils.config import load_config
 from utils.errors import UserError
-from utils.figures import picture, save_figure
 from utils.memory import default_device
+from utils.pictures import picture, save_picture
 from utils.prefetch import prefetch
 from utils.trial import attempt, uncompile
 
@@ -171,7 +171,7 @@ def draw(times: list[Times], device: torch.device, title: str, file: str) -> Non
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds, the first {len(times)} steps")
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
-    save_figure(figure, file, dpi=120)
+    save_picture(figure, file, dpi=120)
     plt.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""Figures of reports and benchmarks."""
+"""Pictures of reports and benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -26,8 +26,8 @@ def picture(name: str) -> Path:
     return Path(name)
 
 
-def save_figure(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
-    """Save a figure, creating its folder.
+def save_picture(figure: "Figure", file: str | Path, dpi: int = 110) -> None:
+    """Save a picture, creating its folder.
 
     Raises:
         UserError: it cannot be written.
