@@ -337,7 +337,10 @@ def thesis_figures(row: Mapping) -> tuple[float, float] | None:
 
 
 def summary(rows: Sequence[Mapping], form: str) -> str:
-    """Format the table of `collect` as `text`, `markdown` or `csv`, next to the thesis' corresponding figures."""
+    """Format the table of `collect` as `text`, `markdown` or `csv`, next to the thesis' corresponding figures.
+
+    Where the thesis has none, on other data sets, `text` and `markdown` omit its columns.
+    """
     heads = ["evaluation", "data", "benchmark", "model", "variant", "part", "feature", "folds", "videos", *ACCURACIES]
     table = [[*heads, "thesis top-1", "thesis top-5"]]
     models = tell_apart((row["model"], row["folder"]) for row in rows)
@@ -354,11 +357,14 @@ def summary(rows: Sequence[Mapping], form: str) -> str:
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(table)
         return text.getvalue()
+    remark = f"\n{THESIS_REMARK}\n"
+    if not any(map(thesis_figures, rows)):
+        table, remark = [line[:-2] for line in table], ""
     if form == "markdown":
         lines = ["| " + " | ".join(line) + " |" for line in table]
         lines.insert(1, "|" + "---|" * len(table[0]))
-        return "\n".join(lines) + f"\n\n{THESIS_REMARK}\n"
-    return _aligned(table) + f"\n{THESIS_REMARK}\n"
+        return "\n".join(lines) + "\n" + remark
+    return _aligned(table) + remark
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -96,6 +96,7 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
     assert (
         "51.20" in text and "80.91" in text and "does not say" in text and markdown.startswith("| evaluation | data |")
     )
+    assert all("thesis" not in results.summary(rows[:2], form) for form in ("text", "markdown"))
     table = list(csv.DictReader(io.StringIO(results.summary(rows, "csv"))))
     assert [row["thesis top-1"] for row in table] == ["", "", "51.20"] and table[2]["folds"] == "3"
     assert results.thesis_figures(rows[2]) == (51.20, 80.91)
