@@ -166,8 +166,8 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
             f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
             f"{cfg['dataset']['num_folds']}; replace the fold's number by {{fold}}"
         )
-    train, *left_out = build_labelled(cfg, "train", fold, args.allow_missing)
-    test, *left_out_of_test = build_labelled(cfg, "test", fold, args.allow_missing)
+    train, missing, unlabelled = build_labelled(cfg, "train", fold, args.allow_missing)
+    test, missing_test, unlabelled_test = build_labelled(cfg, "test", fold, args.allow_missing)
     both = set(train.names()) & set(test.names())
     if both:
         raise UserError(
@@ -182,7 +182,7 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
         )
     chosen = few_shot_rows(train, args.few_shot_ratio, cfg["few_shot_seed"])
     parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
-    missing, unlabelled = (sorted({*a, *b}) for a, b in zip(left_out, left_out_of_test, strict=True))
+    missing, unlabelled = sorted({*missing, *missing_test}), sorted({*unlabelled, *unlabelled_test})
     return FoldData(train, test, chosen, parts, missing, unlabelled)
 
 

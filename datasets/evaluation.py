@@ -24,10 +24,10 @@ MARGIN = 0.25  # seconds decoded before and after the clips of a pass, to find t
 
 def labelled_videos(videos: VideoList) -> tuple[VideoList, list[str]]:
     """Return the videos that have a label (0 or above), and the names of the others."""
-    without = videos.labels < 0
-    if not without.any():
+    labels = videos.labels.numpy()
+    if (labels >= 0).all():
         return videos, []
-    return videos.subset((~without).nonzero().flatten()), [videos.name(i) for i in without.nonzero().flatten().tolist()]
+    return videos.subset(np.flatnonzero(labels >= 0)), [videos.name(i) for i in np.flatnonzero(labels < 0)]
 
 
 def present_videos(videos: VideoList, allow_missing: bool) -> tuple[VideoList, list[str]]:
