@@ -25,7 +25,8 @@ def build_model(cfg: Mapping[str, Any]) -> nn.Module:
     Args:
         cfg: `arch` (a name in `MODELS["arch"]`) and `args`: `proj_dim` or `exp_dim`, `video_backbone`,
             `video_backbone_args`, `audio_backbone`, `audio_backbone_args` and, for `av_wrapper`, `proj_norm`.
-            `args.checkpoint` is ignored: the scripts load weights.
+            `args.checkpoint` is ignored: the scripts load weights. `args.backbone_init`, by default the wrapper's, is
+            passed to backbones that take an `init`; others make their own first weights.
 
     Returns:
         The wrapper; `forward(video (N, 3, T, H, W), audio (N, 1, n_mels, frames))`, or `forward(clip1, clip2)` for
@@ -36,16 +37,18 @@ def build_model(cfg: Mapping[str, Any]) -> nn.Module:
     """
     wrapper = _look_up("arch", "model.arch", cfg.get("arch"))
     args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
+    init = args.pop("backbone_init", None) or wrapper.backbone_init
     for stream in ("video", "audio"):
         if f"{stream}_model" in inspect.signature(wrapper).parameters:
-            args[f"{stream}_model"] = _build_backbone(f"{stream}_backbone", args)
+            args[f"{stream}_model"] = _build_backbone(f"{stream}_backbone", args, init)
     return _call(wrapper, "model.args", args)
 
 
-def _build_backbone(key: str, args: dict[str, Any]) -> nn.Module:
-    """Pop `key` and `<key>_args` from `args` and build the backbone they describe."""
+def _build_backbone(key: str, args: dict[str, Any], init: str) -> nn.Module:
+    """Pop `key` and `<key>_args` from `args` and build the backbone they describe, with `init` if it takes one."""
     backbone = _look_up(key, f"model.args.{key}", args.pop(key, None))
-    return _call(backbone, f"model.args.{key}_args", args.pop(f"{key}_args", None) or {})
+    given = {"init": init} if "init" in inspect.signature(backbone).parameters else {}
+    return _call(backbone, f"model.args.{key}_args", given | (args.pop(f"{key}_args", None) or {}))
 
 
 def _look_up(kind: str, key: str, name: object) -> Callable[..., nn.Module]:

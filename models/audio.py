@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from models.network_blocks import Conv2DBlock, global_max, init_weights
+from models.network_blocks import Conv2DBlock, global_max, init_backbone
 from utils.errors import UserError
 
 
 class Conv2DNet(nn.Module):
     """Audio network of nine 2D convolutions (Morgado et al. 2021, "AVID"), `out_dim` 512.
 
-    A 7x7 stem of stride 2 and four blocks of 64, 128, 256 and 512 channels; the first three halve both axes. `depth`
-    must be 10; raises `UserError` otherwise.
+    A 7x7 stem of stride 2 and four blocks of 64, 128, 256 and 512 channels; the first three halve both axes. `init`
+    names the first weights (`network_blocks.init_backbone`). Raises `UserError` for a `depth` other than 10 or an
+    unknown `init`.
     """
 
-    def __init__(self, depth: int = 10) -> None:
+    def __init__(self, depth: int = 10, init: str = "he") -> None:
         super().__init__()
         if depth != 10:
             raise UserError(f"model.args.audio_backbone_args.depth: unknown depth {depth!r} of Conv2DNet; use 10")
@@ -26,7 +27,7 @@ class Conv2DNet(nn.Module):
         self.block2 = Conv2DBlock(64, 128, stride=2)
         self.block3 = Conv2DBlock(128, 256, stride=2)
         self.block4 = Conv2DBlock(256, 512, stride=1)
-        self.apply(init_weights)
+        init_backbone(self, init)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, audio: Tensor, return_embs: bool = False) -> Tensor | dict[str, Tensor]:

@@ -39,6 +39,8 @@ class Projection(nn.Module):
 class AVWrapper(nn.Module):
     """Video and audio backbones, each with a projection head; `out_dim` is the embedding dimension."""
 
+    backbone_init = "he"
+
     def __init__(
         self, video_model: nn.Module, audio_model: nn.Module, proj_dim: Sequence[int], proj_norm: str | None = None
     ) -> None:

@@ -230,6 +230,24 @@ class Conv2DBlock(nn.Module):
         return relu(self.bn2(self.conv2(x)))
 
 
+def init_backbone(backbone: nn.Module, init: str) -> None:
+    """Give a newly built backbone its first weights, in place.
+
+    Args:
+        backbone: A network that has PyTorch's own first weights.
+        init: `"he"` for `init_weights`, or `"pytorch"` to keep those it has: uniform and about 2.4 times smaller. BN
+            follows every convolution and undoes their scale, but Adam's steps turn smaller weights further. xID learns
+            more with the first, VICReg with the second (notebooks/xid-on-grid.md).
+
+    Raises:
+        UserError: `init` is neither.
+    """
+    if init not in ("he", "pytorch"):
+        raise UserError(f"model.args.backbone_init: unknown {init!r}; use he or pytorch")
+    if init == "he":
+        backbone.apply(init_weights)
+
+
 def init_weights(module: nn.Module) -> None:
     """Initialise one module in place; for `network.apply(init_weights)`.
 

@@ -32,6 +32,8 @@ class Expander(nn.Module):
 class VICRegWrapper(nn.Module):
     """Video and audio backbones, each with an expander; `out_dim` is the embedding dimension."""
 
+    backbone_init = "pytorch"
+
     def __init__(self, video_model: nn.Module, audio_model: nn.Module, exp_dim: Sequence[int]) -> None:
         super().__init__()
         self.video_model = video_model
@@ -57,6 +59,8 @@ class VICRegWrapper(nn.Module):
 
 class VICRegVideoWrapper(nn.Module):
     """One video backbone and one expander for two clips of the same video; `out_dim` is the embedding dimension."""
+
+    backbone_init = "pytorch"
 
     def __init__(self, video_model: nn.Module, exp_dim: Sequence[int]) -> None:
         super().__init__()

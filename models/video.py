@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, Stem, StemConv, global_max, init_weights
+from models.network_blocks import R2Plus1dBlock, SpatialMaxPool, Stem, StemConv, global_max, init_backbone
 from utils.errors import UserError
 
 BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -13,12 +13,13 @@ class R2Plus1d(nn.Module):
     """R(2+1)D video network (Tran et al. 2018, "A closer look at spatiotemporal convolutions"), `out_dim` 512.
 
     A 3x7x7 stem and four stages of 64, 128, 256 and 512 channels; the last three halve time, height and width. `depth`
-    is 10, 18 or 34; depth 10 has one block per stage and no block index in names. Raises `UserError` for another depth.
+    is 10, 18 or 34; depth 10 has one block per stage and no block index in names. `init` names the first weights
+    (`network_blocks.init_backbone`). Raises `UserError` for another depth or `init`.
     """
 
     strides = (8, 32, 32)  # in time, height and width, up to the last stage
 
-    def __init__(self, depth: int = 18) -> None:
+    def __init__(self, depth: int = 18, init: str = "he") -> None:
         super().__init__()
         if depth not in list(BLOCKS_PER_STAGE):
             allowed = ", ".join(map(str, BLOCKS_PER_STAGE))
@@ -30,7 +31,7 @@ class R2Plus1d(nn.Module):
         self.conv3x = _stage(64, 128, blocks[1], stride=2)
         self.conv4x = _stage(128, 256, blocks[2], stride=2)
         self.conv5x = _stage(256, 512, blocks[3], stride=2)
-        self.apply(init_weights)
+        init_backbone(self, init)
 
     def forward(self, video: Tensor, return_embs: bool = False) -> Tensor | dict[str, Tensor]:
         """Map clips `(N, 3, T, H, W)` to the global maximum `(N, 512, 1, 1, 1)` of the last stage.

@@ -163,6 +163,7 @@ OPTIMIZER = {
 VIDEO_BACKBONES = {"R2Plus1d": {"depth": _one_of(10, 18, 34, default=18)}}
 AUDIO_BACKBONES = {"Conv2DNet": {"depth": _one_of(10, default=10)}}
 _VIDEO_ARGS = {
+    "backbone_init": _one_of("he", "pytorch", default=None, nullable=True),  # the architecture's own
     "video_backbone": _one_of(*VIDEO_BACKBONES, default="R2Plus1d"),
     "video_backbone_args": Switch("video_backbone", VIDEO_BACKBONES),
     "checkpoint": _text(None, nullable=True),  # start from these weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model
+from models import MODELS, build_model
 from models.av_wrapper import Projection
 from models.vicreg import Expander
 from utils.errors import UserError
@@ -188,6 +188,41 @@ def test_backbones_and_heads_of_xid_begin_by_he():
         fan = module.in_features if isinstance(module, nn.Linear) else fan_out
         assert module.bias is None or not module.bias.any(), name
         assert module.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05), name
+
+
+@pytest.mark.parametrize("cfg", [small(VICREG, exp_dim=[32, 32]), small(VICREG_VIDEO, exp_dim=[32, 32])])
+def test_backbones_of_vicreg_begin_as_pytorch_makes_them(cfg):
+    """From He's weights, on which Adam's steps tell less, VICReg had learned nothing of GRID after six epochs."""
+    for name, module in build_model(cfg).named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            fan_in = module.weight[0].numel()
+            assert module.weight.abs().max() <= fan_in**-0.5, name
+            assert module.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05), name
+
+
+@pytest.mark.parametrize("init, scale", [("he", 2**0.5), ("pytorch", 3**-0.5)])
+def test_first_weights_can_be_chosen(init, scale):
+    model = build_model(small(VICREG, exp_dim=[32, 32], backbone_init=init))
+    for weight in (model.video_model.conv5x.spatial_conv2.weight, model.audio_model.block4.conv2.weight):
+        assert weight.std().item() == pytest.approx(scale * weight[0].numel() ** -0.5, rel=0.25)
+    with pytest.raises(UserError, match="model.args.backbone_init: unknown 'xavier'; use he or pytorch"):
+        build_model(small(VICREG, exp_dim=[32, 32], backbone_init="xavier"))
+
+
+class Pretrained(nn.Module):
+    """A user's own backbone, that comes with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_dim = 4
+        self.conv = nn.Conv2d(1, 4, 3)
+        nn.init.ones_(self.conv.weight)
+
+
+def test_a_backbone_of_ones_own_keeps_its_weights(monkeypatch):
+    monkeypatch.setitem(MODELS["audio_backbone"], "Pretrained", Pretrained)
+    model = build_model(small(XID, audio_backbone="Pretrained", audio_backbone_args={}))
+    assert (model.audio_model.conv.weight == 1).all()
 
 
 def test_embeddings_of_an_expander_begin_small():
