@@ -155,7 +155,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
             last_micro_batch = micro_batch == accumulate - 1
             with nullcontext() if last_micro_batch or world_size() == 1 else net.no_sync():
                 first_emb, second_emb = embed(batch)
-                loss = criterion(first_emb, second_emb, epoch + step / batches.steps)
+                loss = criterion(first_emb, second_emb)
                 precision.backward(loss / accumulate)
             averages.add({"loss": loss, **criterion.stats})
             clock.count(len(batch["index"]) * world_size())

@@ -24,60 +24,24 @@ class VICLoss(nn.Module):
     Each call sets `stats`, 0-dim tensors on the device: the terms `sim`, `std`, `cov` without coefficients; for the
     rank's batch `pos_cos` and `neg_cos` (mean cosine of x with its own y and with the others'; alike until something is
     learned), `video_spread` and `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere), `video_dims` and
-    `audio_dims` (number of directions used); and `cov_coeff`.
+    `audio_dims` (number of directions used).
 
-    Args:
-        sim_coeff, std_coeff: at least 0.
-        cov_coeff: at least 0; the initial value if the next two are given.
-        cov_coeff_max, cov_ramp: the coefficient grows, by the same factor in every step, from `cov_coeff` at epoch
-            `cov_ramp[0]` to `cov_coeff_max` at epoch `cov_ramp[1]`. Not in the paper: the heavier the term, the later
-            learning starts; with a light one a few directions carry everything (notebooks/xid-on-grid.md).
-
-    Raises:
-        UserError: only one of `cov_coeff_max` and `cov_ramp` is given, or the coefficient would grow from or to 0.
+    While nothing is learned yet, cov_coeff's weight beside sim_coeff's grows with D (notebooks/xid-on-grid.md).
     """
 
-    def __init__(
-        self,
-        sim_coeff: float = 25.0,
-        std_coeff: float = 25.0,
-        cov_coeff: float = 1.0,
-        cov_coeff_max: float | None = None,
-        cov_ramp: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0) -> None:
         super().__init__()
-        if (cov_coeff_max is None) != (cov_ramp is None):
-            raise UserError("loss.args.cov_coeff_max and loss.args.cov_ramp: give both, or neither")
-        if cov_coeff_max is not None and not (cov_coeff > 0 and cov_coeff_max > 0):
-            raise UserError(
-                f"loss.args.cov_coeff, cov_coeff_max: expected both above 0, found {cov_coeff:g} and {cov_coeff_max:g}"
-            )
         self.sim_coeff = sim_coeff
         self.std_coeff = std_coeff
         self.cov_coeff = cov_coeff
-        self.cov_coeff_max = cov_coeff_max
-        self.cov_ramp = cov_ramp
         self.stats: dict[str, torch.Tensor] = {}
 
     def extra_repr(self) -> str:
         """Text shown by `print`."""
-        cov = f"{self.cov_coeff:g}"
-        if self.cov_coeff_max is not None:
-            cov += f" to {self.cov_coeff_max:g} over epochs {self.cov_ramp[0]:g} to {self.cov_ramp[1]:g}"
-        return f"sim {self.sim_coeff:g}, std {self.std_coeff:g}, cov {cov}"
+        return f"sim {self.sim_coeff:g}, std {self.std_coeff:g}, cov {self.cov_coeff:g}"
 
-    def cov_coeff_at(self, epoch: float) -> float:
-        """The covariance term's coefficient after `epoch` epochs, which may be fractional."""
-        if self.cov_coeff_max is None:
-            return self.cov_coeff
-        first, last = self.cov_ramp
-        share = min(1.0, max(0.0, (epoch - first) / (last - first)))
-        return self.cov_coeff * (self.cov_coeff_max / self.cov_coeff) ** share
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor, epoch: float = 0.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the rank's scalar loss of embeddings x and y (N, D). Every rank must pass the same N.
-
-        `epoch` is for `cov_ramp`: the number of epochs done, with fractions.
 
         Raises:
             UserError: there is only one row over all ranks, which has no variance.
@@ -92,10 +56,8 @@ class VICLoss(nn.Module):
             std_x, cov_x = _variance_and_covariance_terms(gather_with_grad(x))
             std_y, cov_y = _variance_and_covariance_terms(gather_with_grad(y))
             sim, std, cov = F.mse_loss(x, y), (std_x + std_y) / 2, cov_x + cov_y
-            cov_coeff = self.cov_coeff_at(epoch)
             self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(x, y)}
-            self.stats["cov_coeff"] = x.new_full((), cov_coeff, dtype=torch.float64)
-            return self.sim_coeff * sim + self.std_coeff * std + cov_coeff * cov
+            return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff * cov
 
 
 def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

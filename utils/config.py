@@ -205,15 +205,6 @@ LOSS_ARGS = {
         "sim_coeff": _at_least_0(float, 25.0),
         "std_coeff": _at_least_0(float, 25.0),
         "cov_coeff": _at_least_0(float, 1.0),
-        "cov_coeff_max": _positive(float, None, nullable=True),  # what cov_coeff rises to
-        "cov_ramp": Key(  # epochs between which it does
-            list,
-            None,
-            nullable=True,
-            items=float,
-            check=lambda v: len(v) == 2 and 0 <= v[0] < v[1],
-            allowed="two epochs, the first below the second",
-        ),
     },
 }
 

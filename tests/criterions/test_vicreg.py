@@ -94,25 +94,6 @@ def test_float32_under_autocast():
     assert torch.equal(loss, VICLoss()(x.float(), y.float()))
 
 
-def test_the_covariance_term_may_grow_between_two_epochs():
-    x, y = embeddings(6, 20)
-    growing = VICLoss(cov_coeff=0.1, cov_coeff_max=1.6, cov_ramp=(2, 6))
-    for epoch, coefficient in ((0, 0.1), (2, 0.1), (3, 0.2), (4.5, 0.1 * 2**2.5), (6, 1.6), (9, 1.6)):
-        assert growing.cov_coeff_at(epoch) == pytest.approx(coefficient, rel=1e-12)
-        torch.testing.assert_close(growing(x, y, epoch), VICLoss(cov_coeff=coefficient)(x, y))
-    torch.testing.assert_close(growing(x, y), VICLoss(cov_coeff=0.1)(x, y))
-    assert VICLoss(cov_coeff=0.3).cov_coeff_at(7) == 0.3
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"cov_coeff_max": 1.0}, {"cov_ramp": [1, 2]}, {"cov_coeff": 0.0, "cov_coeff_max": 1.0, "cov_ramp": [1, 2]}],
-)
-def test_half_a_ramp_is_refused(wrong):
-    with pytest.raises(UserError, match="cov_coeff"):
-        build_criterion({"name": "VICLoss", "args": wrong})
-
-
 def test_stats_hold_the_terms_and_tell_a_collapse():
     x, y = embeddings(6, 20)
     criterion = VICLoss(2, 3, 4)
