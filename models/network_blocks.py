@@ -236,8 +236,8 @@ def init_backbone(backbone: nn.Module, init: str) -> None:
     Args:
         backbone: A network that has PyTorch's own first weights.
         init: `"he"` for `init_weights`, or `"pytorch"` to keep those it has: uniform and about 2.4 times smaller. BN
-            follows every convolution and undoes their scale, but Adam's steps turn smaller weights further. xID learns
-            more with the first, VICReg with the second (notebooks/xid-on-grid.md).
+            undoes this scale, except where a block adds its input to its last convolution; and Adam's steps turn
+            smaller weights further. xID learns more with the first, VICReg with the second (notebooks/xid-on-grid.md).
 
     Raises:
         UserError: `init` is neither.

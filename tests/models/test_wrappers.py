@@ -192,7 +192,7 @@ def test_backbones_and_heads_of_xid_begin_by_he():
 
 @pytest.mark.parametrize("cfg", [small(VICREG, exp_dim=[32, 32]), small(VICREG_VIDEO, exp_dim=[32, 32])])
 def test_backbones_of_vicreg_begin_as_pytorch_makes_them(cfg):
-    """From He's weights, on which Adam's steps tell less, VICReg had learned nothing of GRID after six epochs."""
+    """From He's weights VICReg had learned nothing of GRID after six epochs."""
     for name, module in build_model(cfg).named_modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             fan_in = module.weight[0].numel()
