@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -151,6 +151,7 @@ def wrap(
     device: torch.device,
     compression: str | None = None,
     static: bool = False,
+    options: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Prepare `model` for training steps: compile it, and with several processes wrap it in DDP.
 
@@ -162,9 +163,10 @@ def wrap(
         compression: `bf16`: gradients are sent between processes and summed in bf16, in half the bytes.
         static: every step runs the same graph and synchronises (no accumulation). Ignored for a compiled model, whose
             graph is split at DDP's buckets, which rules it out.
+        options: of torch.compile's inductor, in addition to `OPTIONS`.
     """
     if compiled := compiles(compiled, device):
-        model.compile(options=OPTIONS)
+        model.compile(options={**OPTIONS, **(options or {})})
     if world_size() == 1:
         return model
     net = DistributedDataParallel(

@@ -14,11 +14,20 @@ from models.network_blocks import StemConv
 from models.video import R2Plus1d
 from tests.tiny import REPO, needs_gpu
 from utils.benchmark import __main__ as benchmark
-from utils.benchmark.forms import Form, HostMemoryBank, PlainR2Plus1d, Step, forms_of, in_3d, synthetic_batch
+from utils.benchmark.forms import (
+    Form,
+    HostMemoryBank,
+    PlainR2Plus1d,
+    Step,
+    forms_of,
+    in_3d,
+    synthetic_batch,
+    with_options,
+)
 from utils.benchmark.step import first_calls
 from utils.benchmark.tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
 from utils.config import load_config
-from utils.errors import RunFailed
+from utils.errors import RunFailed, UserError
 from utils.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -75,6 +84,27 @@ def test_forms_on_a_cpu_leave_out_what_means_nothing_there():
     assert len(left_out) == 4 - glibc and all(": left out, " in line for line in left_out)
     bf16 = load_config(REPO / "configs/demo/xid.yaml", ["precision=bf16"])
     assert [form.precision for form in forms_of(bf16, CPU)[0]] == ["fp32"] + ["bf16"] * (3 + glibc)
+
+
+def test_a_row_for_each_option_of_inductor(monkeypatch):
+    forms = [PLAIN, replace(OURS, compiled=True)]
+    added = with_options(forms, ["triton.cudagraphs=true", "combo_kernels=true,realize_reads_threshold=5"])
+    assert added[:2] == forms and all(form.compiled and form.in_2d for form in added[2:])
+    assert [form.options for form in added[2:]] == [
+        {"triton.cudagraphs": True},
+        {"combo_kernels": True, "realize_reads_threshold": 5},
+    ]
+    for wrong in ("no_such_key=true", "combo_kernels", "combo_kernels="):
+        with pytest.raises(UserError, match=f"--inductor: {wrong}: expected KEY=VALUE"):
+            with_options(forms, [wrong])
+    with pytest.raises(UserError, match="--inductor: nothing is compiled here"):
+        with_options([PLAIN], ["combo_kernels=true"])
+    assert with_options([PLAIN], []) == [PLAIN]
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: asked.append(given))
+    monkeypatch.setattr("utils.distributed.compiles", lambda *_: True)
+    Step(config(), added[3], synthetic_batch(config(), CPU), CPU)
+    assert asked[0]["options"] == {"realize_reads_threshold": 5, "combo_kernels": True}
 
 
 def test_a_step_trains_and_the_host_bank_draws_what_it_should():
@@ -148,6 +178,7 @@ def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsy
     for row in rows:
         assert row["clips_per_s"] == pytest.approx(2000 / row["ms"]) and len(row["ms_rounds"]) == 1
         assert row["ratio"] == pytest.approx(rows[0]["ms"] / row["ms"])
+        assert (row["kernel_ms"] is not None) == (row["host_ms"] is not None) == gpu
         assert (row["gb_moved"] or 1) > 0.1 and (row["gb_moved"] is None) == (row["variant"] == "+ torch.compile")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     command(monkeypatch, "inference", REPO / "configs/demo/linear.yaml", *sizes, "--depth", 10, *files)

@@ -1,9 +1,11 @@
 """The forms of a training step that the benchmark compares: the plain one, then one change added at a time."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch._inductor
+import yaml
 from torch import Tensor, nn
 
 from criterions import build_criterion
@@ -21,6 +23,7 @@ from models.network_blocks import (
 from models.video import R2Plus1d
 from utils.compiling import compiles
 from utils.distributed import wrap
+from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
 from utils.precision import Precision
@@ -40,6 +43,7 @@ class Form:
     device_negatives: bool = False
     keeps_memory: bool = False  # freed memory, on a CPU; PyTorch does so on a GPU
     compiled: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)  # of inductor, beside utils.compiling.OPTIONS
 
 
 def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
@@ -70,6 +74,27 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     why = "off on a CPU (--set compile=true)" if asked is None and not gpu else "off or not possible here"
     add(compiles(asked, device), why, "+ torch.compile", compiled=True)
     return forms, left_out
+
+
+def with_options(forms: list[Form], asked: Sequence[str]) -> list[Form]:
+    """Add a form for each of `asked` (`KEY=VALUE[,KEY=VALUE...]`): the last form, compiled with these options.
+
+    Raises:
+        UserError: nothing is compiled, or inductor does not know a key.
+    """
+    if asked and not forms[-1].compiled:
+        raise UserError("--inductor: nothing is compiled here; on a CPU ask for it by --set compile=true")
+    known = torch._inductor.list_options()
+    added = []
+    for text in asked:
+        options = {}
+        for part in text.split(","):
+            key, _, value = part.partition("=")
+            if key not in known or not value:
+                raise UserError(f"--inductor: {part}: expected KEY=VALUE, a key of torch._inductor.list_options()")
+            options[key] = yaml.safe_load(value)
+        added.append(replace(forms[-1], name=f"  with {text}", options=options))
+    return forms + added
 
 
 class PlainR2Plus1d(R2Plus1d):
@@ -133,7 +158,7 @@ class Step:
             for group in self.optimizer.param_groups:
                 group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's defaults
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
-        self.net = wrap(self.model, form.compiled, device, cfg["gradient_compression"], static=True)
+        self.net = wrap(self.model, form.compiled, device, cfg["gradient_compression"], True, form.options)
         if form.compiled:
             self.prepare.video.compile(dynamic=False)
 
@@ -150,6 +175,7 @@ class Step:
     def __call__(self) -> Tensor:
         keep_freed_memory(self.form.keeps_memory)
         torch.backends.cudnn.benchmark = True  # in all forms: the choice for a shape is kept
+        torch.compiler.cudagraph_mark_step_begin()  # with triton.cudagraphs, what the last step returned may go
         loss = self.loss()
         loss.backward()
         self.optimizer.step()

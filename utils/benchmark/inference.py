@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets.preprocessing import VideoPrep
 from models.video import R2Plus1d
-from utils.benchmark.forms import Form, in_3d
+from utils.benchmark.forms import Form, in_3d, with_options
 from utils.benchmark.step import add_measuring_arguments, configured, first_calls, measure_and_report
 from utils.cli import at_least
 from utils.compiling import compiles
@@ -36,13 +36,14 @@ class Forward:
         if not form.in_2d:
             in_3d(self.model, form.channels_last)
         if form.compiled:
-            self.model.compile()
+            self.model.compile(options=form.options or None)
             self.prepare.compile(dynamic=False)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         keep_freed_memory(self.form.keeps_memory)
         precision = Precision(self.form.precision, self.device)
+        torch.compiler.cudagraph_mark_step_begin()
         with precision.autocast():
             return self.model(self.prepare(self.frames))
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     size = (round(data["video_clip_duration"] * data["video_fps"]), data["crop_size"], data["crop_size"])
     frames = torch.randint(256, (data["batch_size"], *size, 3), dtype=torch.uint8, device=device)
     forms, left_out = inference_forms(cfg, device)
+    forms = with_options(forms, args.inductor)
     rows, failed = first_calls(forms, lambda form: Forward(depth, form, frames, device), device)
     measure_and_report(args, cfg, device, rows, left_out + failed, f"forward pass of R(2+1)D-{depth}")
 

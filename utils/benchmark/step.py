@@ -10,12 +10,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from utils.benchmark.forms import Form, Step, forms_of, synthetic_batch
+from utils.benchmark.forms import Form, Step, forms_of, synthetic_batch, with_options
 from utils.benchmark.tools import (
     Run,
     Timing,
@@ -23,11 +23,12 @@ from utils.benchmark.tools import (
     copy_bandwidth,
     count_bytes,
     count_flops,
+    kernel_times,
     machine,
     matrix_ceiling,
+    queueing_seconds,
     table,
     time_in_turns,
-    top_kernels,
     wait,
     write_json,
 )
@@ -50,12 +51,16 @@ COLUMNS = (
     "of copy",
     "GB peak",
     "s first",
+    "host ms",
+    "kernel ms",
 )
 LEGEND = """\
 ratio: clips/s over the plain form's. TFLOP/s: convolutions and matrix products, counted in the plain form, over time.
 of ceiling: TFLOP/s relative to square matrix products in the row's precision, measured here. GB moved: inputs and
 outputs of each operator once, without views (unfused; not counted for a compiled step). of copy: GB moved per second as
-a share of a copy's bandwidth. GB peak: GPU memory without other rows' models. s first: first call, with compilation."""
+a share of a copy's bandwidth. GB peak: GPU memory without other rows' models. s first: first call, with compilation.
+host ms: until the host has queued a step for an idle GPU. kernel ms: the GPU's kernels, summed. A step takes at least
+as long as the larger of the two."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +77,13 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds; the median is reported")
     parser.add_argument(
         "--top-kernels", type=at_least(0), default=0, metavar="N", help="list the N slowest kernels of the last row"
+    )
+    parser.add_argument(
+        "--inductor",
+        metavar="KEY=VALUE[,...]",
+        action="append",
+        default=[],
+        help="one more row, compiled with options of torch.compile's inductor, e.g. triton.cudagraphs=true; repeatable",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--png", type=picture, metavar="FILE", help="draw clips per second")
@@ -94,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.cfg}: configures an evaluation; use python3 -m utils.benchmark inference")
     batch = synthetic_batch(cfg, device)
     forms, left_out = forms_of(cfg, device)
+    forms = with_options(forms, args.inductor)
     rows, failed = first_calls(forms, lambda form: Step(cfg, form, batch, device), device)
     measure_and_report(args, cfg, device, rows, left_out + failed, "training step")
 
@@ -109,6 +122,8 @@ class Row:
     timing: Timing | None = None
     moved: int | None = None  # bytes
     peak: float | None = None  # GB
+    host_s: float | None = None  # seconds until a call is queued on an idle GPU
+    kernels: list[dict] = field(default_factory=list)  # of a call on a GPU, from `kernel_times`
 
     def figures(self, plain: "Row", clips: int, flops: int, ceiling: float, bandwidth: float) -> dict:
         """The figures for the report."""
@@ -125,6 +140,8 @@ class Row:
             "of_copy": None if self.moved is None else self.moved / seconds / bandwidth,
             "peak_gb": self.peak,
             "first_step_s": self.first_s,
+            "host_ms": None if self.host_s is None else self.host_s * 1e3,
+            "kernel_ms": sum(kernel["ms"] for kernel in self.kernels) if self.kernels else None,
         }
 
 
@@ -176,6 +193,8 @@ def measure_and_report(
     timings = time_in_turns([row.run for row in rows], args.steps, args.rounds, device)
     for row, timing in zip(rows, timings, strict=True):
         row.timing, row.peak = timing, _peak(row, device)
+        if device.type == "cuda":
+            row.host_s, row.kernels = queueing_seconds(row.run, device), kernel_times(row.run, device)
     ceilings = {name: matrix_ceiling(device, name) for name in {row.form.precision for row in rows}}
     bandwidth, clips = copy_bandwidth(device), cfg["dataset"]["batch_size"]
     figures = [row.figures(rows[0], clips, flops, ceilings[row.form.precision], bandwidth) for row in rows]
@@ -190,7 +209,9 @@ def measure_and_report(
     print(f"counted: {flops / clips / 1e9:.4g} GFLOP per clip")
     for line in left_out:
         print(line)
-    kernels = top_kernels(rows[-1].run, device, args.top_kernels) if args.top_kernels else []
+    kernels = []
+    if args.top_kernels:
+        kernels = (rows[-1].kernels or kernel_times(rows[-1].run, device))[: args.top_kernels]
     for kernel in kernels:
         print(f"{kernel['ms']:8.2f} ms  {kernel['calls']:6.0f} calls  {kernel['name'][:100]}")
     if args.json:
@@ -219,6 +240,8 @@ def _cells(row: dict) -> list[str]:
         optional(row["of_copy"], ".0%"),
         optional(row["peak_gb"], ".2f"),
         f"{row['first_step_s']:.1f}",
+        optional(row["host_ms"], ".1f"),
+        optional(row["kernel_ms"], ".1f"),
     ]
 
 

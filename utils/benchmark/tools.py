@@ -183,8 +183,20 @@ def _fastest(run: Run, device: torch.device, seconds: float) -> float:
     return min(times)
 
 
-def top_kernels(run: Run, device: torch.device, count: int, steps: int = 3) -> list[dict]:
-    """The operators or kernels with the most self time: `name`, `ms` per step, `calls` per step."""
+def queueing_seconds(run: Run, device: torch.device, calls: int = 5) -> float:
+    """Median seconds until a call returns that begins on an idle device: what the host takes to queue its work."""
+    times = []
+    for _ in range(calls):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    wait(device)
+    return statistics.median(times)
+
+
+def kernel_times(run: Run, device: torch.device, steps: int = 3) -> list[dict]:
+    """Kernels (on a CPU: operators), most self time first: `name`, `ms` per step, `calls` per step."""
     cuda = device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
@@ -192,9 +204,13 @@ def top_kernels(run: Run, device: torch.device, count: int, steps: int = 3) -> l
             run()
         wait(device)
     events = profile.key_averages()
-    times = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in events}
-    slowest = sorted(times.items(), key=lambda item: -item[1][0])[:count]
-    return [{"name": name, "ms": us / 1e3 / steps, "calls": calls / steps} for name, (us, calls) in slowest]
+    times = [
+        (e.key, e.self_device_time_total if cuda else e.self_cpu_time_total, e.count)
+        for e in events
+        if not e.is_user_annotation
+    ]
+    times.sort(key=lambda kernel: -kernel[1])
+    return [{"name": name, "ms": us / 1e3 / steps, "calls": calls / steps} for name, us, calls in times]
 
 
 def machine(device: torch.device) -> dict:
