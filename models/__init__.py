@@ -33,22 +33,26 @@ def build_model(cfg: Mapping[str, Any]) -> nn.Module:
         `vicreg_v_wrapper`, returns two embeddings `(N, out_dim)`.
 
     Raises:
-        UserError: an architecture, backbone, depth or key is unknown, or a required one is missing.
+        UserError: an architecture, backbone, depth or key is unknown, or a required one is missing; or
+            `backbone_init` is given and no backbone takes an `init`.
     """
     wrapper = _look_up("arch", "model.arch", cfg.get("arch"))
     args = {key: value for key, value in (cfg.get("args") or {}).items() if key != "checkpoint"}
-    init = args.pop("backbone_init", None) or wrapper.backbone_init
-    for stream in ("video", "audio"):
-        if f"{stream}_model" in inspect.signature(wrapper).parameters:
-            args[f"{stream}_model"] = _build_backbone(f"{stream}_backbone", args, init)
+    asked = args.pop("backbone_init", None)
+    kinds = [f"{s}_backbone" for s in ("video", "audio") if f"{s}_model" in inspect.signature(wrapper).parameters]
+    backbones = {kind: _look_up(kind, f"model.args.{kind}", args.pop(kind, None)) for kind in kinds}
+    if asked is not None and not any(map(_takes_init, backbones.values())):
+        names = ", ".join(backbone.__name__ for backbone in backbones.values())
+        raise UserError(f"model.args.backbone_init: no backbone ({names}) takes an `init`; remove the key")
+    for kind, backbone in backbones.items():
+        given = {"init": asked or wrapper.backbone_init} if _takes_init(backbone) else {}
+        given |= args.pop(f"{kind}_args", None) or {}
+        args[kind.replace("backbone", "model")] = _call(backbone, f"model.args.{kind}_args", given)
     return _call(wrapper, "model.args", args)
 
 
-def _build_backbone(key: str, args: dict[str, Any], init: str) -> nn.Module:
-    """Pop `key` and `<key>_args` from `args` and build the backbone they describe, with `init` if it takes one."""
-    backbone = _look_up(key, f"model.args.{key}", args.pop(key, None))
-    given = {"init": init} if "init" in inspect.signature(backbone).parameters else {}
-    return _call(backbone, f"model.args.{key}_args", given | (args.pop(f"{key}_args", None) or {}))
+def _takes_init(backbone: Callable[..., nn.Module]) -> bool:
+    return "init" in inspect.signature(backbone).parameters
 
 
 def _look_up(kind: str, key: str, name: object) -> Callable[..., nn.Module]:

@@ -223,6 +223,12 @@ def test_a_backbone_of_ones_own_keeps_its_weights(monkeypatch):
     monkeypatch.setitem(MODELS["audio_backbone"], "Pretrained", Pretrained)
     model = build_model(small(XID, audio_backbone="Pretrained", audio_backbone_args={}))
     assert (model.audio_model.conv.weight == 1).all()
+    mixed = build_model(small(XID, audio_backbone="Pretrained", audio_backbone_args={}, backbone_init="pytorch"))
+    assert (mixed.audio_model.conv.weight == 1).all()
+    monkeypatch.setitem(MODELS["video_backbone"], "Pretrained", Pretrained)
+    own = {"audio_backbone": "Pretrained", "audio_backbone_args": {}, "video_backbone": "Pretrained"}
+    with pytest.raises(UserError, match=r"backbone_init: no backbone \(Pretrained, Pretrained\) takes an `init`"):
+        build_model(small(XID, **own, video_backbone_args={}, backbone_init="he"))
 
 
 def test_embeddings_of_an_expander_begin_small():
