@@ -23,6 +23,7 @@ from utils.benchmark.tools import (
     copy_bandwidth,
     count_bytes,
     count_flops,
+    host_times,
     kernel_times,
     machine,
     matrix_ceiling,
@@ -76,7 +77,11 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps per variant and round")
     parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="rounds; the median is reported")
     parser.add_argument(
-        "--top-kernels", type=at_least(0), default=0, metavar="N", help="list the N slowest kernels of the last row"
+        "--top-kernels",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="list the N slowest kernels of the last row, and of the host's operators while it queues them",
     )
     parser.add_argument(
         "--inductor",
@@ -209,15 +214,17 @@ def measure_and_report(
     print(f"counted: {flops / clips / 1e9:.4g} GFLOP per clip")
     for line in left_out:
         print(line)
-    kernels = []
+    kernels, host = [], []
     if args.top_kernels:
         kernels = (rows[-1].kernels or kernel_times(rows[-1].run, device))[: args.top_kernels]
-    for kernel in kernels:
-        print(f"{kernel['ms']:8.2f} ms  {kernel['calls']:6.0f} calls  {kernel['name'][:100]}")
+        host = host_times(rows[-1].run, device)[: args.top_kernels] if device.type == "cuda" else []
+    for where, slowest in (("kernels", kernels), ("host", host)):
+        for one in slowest:
+            print(f"{where:8}{one['ms']:8.2f} ms  {one['calls']:6.0f} calls  {one['name'][:100]}")
     if args.json:
         report = {"what": what, "cfg": args.cfg, "batch_size": clips, "frames": frames, "crop": size, **machine(device)}
         report |= {"flops_a_step": flops, "ceilings_flops": ceilings, "copy_bytes_per_s": bandwidth}
-        write_json(args.json, report | {"rows": figures, "left_out": left_out, "kernels": kernels})
+        write_json(args.json, report | {"rows": figures, "left_out": left_out, "kernels": kernels, "host": host})
     if args.png:
         names, speeds = [row["variant"] for row in figures], [row["clips_per_s"] for row in figures]
         bar_chart(args.png, title, names, speeds, "clips/s")

@@ -196,16 +196,25 @@ def queueing_seconds(run: Run, device: torch.device, calls: int = 5) -> float:
 
 
 def kernel_times(run: Run, device: torch.device, steps: int = 3) -> list[dict]:
-    """Kernels (on a CPU: operators), most self time first: `name`, `ms` per step, `calls` per step."""
-    cuda = device.type == "cuda"
+    """A GPU's kernels, most time first: `name`, `ms` per step, `calls` per step. On a CPU as `host_times`."""
+    return _profiled(run, device, steps, of_gpu=True) if device.type == "cuda" else host_times(run, device, steps)
+
+
+def host_times(run: Run, device: torch.device, steps: int = 3) -> list[dict]:
+    """The host's operators and calls of the driver, most self time first, as `kernel_times`. Profiling slows them."""
+    return _profiled(run, device, steps, of_gpu=False)
+
+
+def _profiled(run: Run, device: torch.device, steps: int, of_gpu: bool) -> list[dict]:
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
+    activities = [kinds.CUDA] * (device.type == "cuda") + [kinds.CPU] * (not of_gpu)
+    with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):
             run()
         wait(device)
     events = profile.key_averages()
     times = [
-        (e.key, e.self_device_time_total if cuda else e.self_cpu_time_total, e.count)
+        (e.key, e.self_device_time_total if of_gpu else e.self_cpu_time_total, e.count)
         for e in events
         if not e.is_user_annotation
     ]
