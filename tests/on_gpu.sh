@@ -46,7 +46,7 @@ smoke() {
 }
 
 step() {
-    part step 300 -m utils.benchmark step configs/VGGSound-N1024.yaml --rounds 3 --top-kernels 15 \
+    part step 340 -m utils.benchmark step configs/VGGSound-N1024.yaml --rounds 3 --top-kernels 15 \
         --inductor triton.cudagraphs=true --inductor combo_kernels=true \
         --json "$out/step.json" --png "$out/step.png"
 }
