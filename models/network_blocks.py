@@ -237,7 +237,8 @@ def init_backbone(backbone: nn.Module, init: str) -> None:
         backbone: A network that has PyTorch's own first weights.
         init: `"he"` for `init_weights`, or `"pytorch"` to keep those it has: uniform and about 2.4 times smaller. BN
             undoes this scale, except where a block adds its input to its last convolution; and Adam's steps turn
-            smaller weights further. xID learns more with the first, VICReg with the second (notebooks/xid-on-grid.md).
+            smaller weights further. VICReg learns more with the second; xID does on GRID at full size, but not on the
+            demo set (notebooks/xid-on-grid.md).
 
     Raises:
         UserError: `init` is neither.

@@ -166,6 +166,23 @@ def test_what_computes_nan_is_not_timed():
         first_calls([Form("some form", "fp32")], lambda form: lambda: torch.tensor([0.0, float("nan")]), CPU)
 
 
+def test_a_row_whose_second_call_fails_is_left_out():
+    """CUDA graphs are recorded by the second call: what fails there must not take the other rows with it."""
+    calls = []
+
+    def call():
+        calls.append(0)
+        if len(calls) == 2:
+            raise RuntimeError("cannot be recorded")
+        return torch.zeros(1)
+
+    graphs = Form("graphs", "bf16", compiled=True, options={"triton.cudagraphs": True})
+    forms = {"eager": lambda: torch.ones(1), "graphs": call}
+    rows, failed = first_calls([Form("eager", "fp32"), graphs], lambda form: forms[form.name], CPU)
+    assert [row.form.name for row in rows] == ["eager"]
+    assert len(failed) == 1 and "graphs: left out, it failed: RuntimeError: cannot be recorded" in failed[0]
+
+
 def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsys):
     sizes = ("--batch-size", 2, "--crop", 48, "--steps", 1, "--rounds", 1)
     files = ("--json", tmp_path / "a.json", "--png", tmp_path / "a.png")

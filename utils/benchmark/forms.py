@@ -158,7 +158,8 @@ class Step:
             for group in self.optimizer.param_groups:
                 group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's defaults
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
-        self.net = wrap(self.model, form.compiled, device, cfg["gradient_compression"], True, form.options)
+        compression = cfg["gradient_compression"]
+        self.net = wrap(self.model, form.compiled, device, compression, static=True, options=form.options)
         if form.compiled:
             self.prepare.video.compile(dynamic=False)
 
