@@ -7,7 +7,6 @@ it for several methods, ratios and subsets.
 import csv
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.evaluation import RANDOM
 from utils.pictures import save_picture
-from utils.results import ACCURACIES, mean_and_deviation, result_files, run_folder_of, tell_apart
+from utils.results import ACCURACIES, CHECKPOINT, mean_and_deviation, result_files, run_folder_of, tell_apart
 
 log = logging.getLogger("avssrl")
 
@@ -110,7 +109,7 @@ def method_name(results: Mapping) -> str:
     """The label of a line in the plot: the model, the checkpoint if not the run's own, and BN in training mode."""
     if results["encoder"]["weights"] == RANDOM:
         return RANDOM
-    other = re.findall(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)", results["variant"])  # the file name may have any form
+    other = CHECKPOINT.findall(results["variant"])
     training_bn = ["encoder_bn: train"] if results["encoder"].get("bn") == "train" else []
     return " ".join([results["model"], *other, *training_bn])
 
@@ -158,14 +157,14 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     names = tell_apart(benchmarks)
     methods = sorted({row["method"] for row in rows} - {RANDOM})
     colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
-    figure = Figure(figsize=(10.8, 4.1 * len(benchmarks)), layout="constrained")
+    figure = Figure(figsize=(13, 4.1 * len(benchmarks)), layout="constrained")
     axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False)
     for line, benchmark in zip(axes, benchmarks, strict=True):
         own = [row for row in rows if (row["dataset"], row["benchmark"]) == benchmark]
         for axis, (figure_name, title) in zip(line, SHOWN.items(), strict=True):
             _draw_lines(axis, own, figure_name, colours)
             axis.set(title=f"{names[benchmark]}, {title}", ylabel=f"{figure_name}, percent")
-        line[0].legend(fontsize=8, handlelength=3.5)
+        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, handlelength=3.5)
     if file is not None:
         save_picture(figure, file)
     return figure
@@ -183,7 +182,8 @@ def _draw_lines(axis: object, rows: Sequence[Mapping], figure: str, colours: Map
     for part, style in PARTS.items():
         classes = [row["classes"] for row in rows if row["part"] == part]
         chance = 100 * min(1, int(figure.rpartition("@")[2]) / classes[0])
-        axis.axhline(chance, color="0.7", linestyle=":", lw=1 if style == "-" else 0.7, zorder=0)
+        label = f"chance, {part}"
+        axis.axhline(chance, color="0.7", linestyle=":", lw=1.5 if style == "-" else 0.7, zorder=0, label=label)
     axis.set_xscale("log")
     axis.set_xticks(ratios, [f"{100 * ratio:g}%" for ratio in ratios])
     axis.minorticks_off()

@@ -65,6 +65,7 @@ def main() -> None:
     demo.add_argument("--out", type=picture, default="demo.png", help="output picture")
     curves = commands.add_parser("curves", help="plot of loss and held-out retrieval of runs over their epochs")
     curves.add_argument("cfgs", metavar="CFG", nargs="+", help="configurations of runs with monitor_every above 0")
+    curves.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of every CFG")
     curves.add_argument("--out", type=picture, default="curves.png", help="output picture")
     results = commands.add_parser("results", help="table of the accuracies of all evaluations below a folder")
     results.add_argument("folder", metavar="DIR", help="such as checkpoints/")
@@ -88,7 +89,7 @@ def main() -> None:
     if args.command == "demo":
         report_demo([load_config(cfg, kind="pre-training") for cfg in args.cfgs], args.out)
     elif args.command == "curves":
-        report_curves([load_config(cfg, kind="pre-training") for cfg in args.cfgs], args.out)
+        report_curves([load_config(cfg, args.set, "pre-training") for cfg in args.cfgs], args.out)
     elif args.command == "results":
         report_results(args.folder, args.form, args.out)
     elif args.command == "concepts":
@@ -315,7 +316,7 @@ def draw_retrieval(figure: plt.Figure, cfg: dict, run: dict[str, torch.Tensor]) 
         sample = clips[index]
         return sample["frames"][0], prepare.audio(sample["waveform"][:1])[0, 0]
 
-    draw_answers(figure, run, show, clips.videos.classes or ())
+    draw_answers(figure, cfg["model"]["name"], run, show, clips.videos.classes or ())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from utils.pictures import drawable, save_picture
 log = logging.getLogger("avssrl")
 
 ACCURACIES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
+
+CHECKPOINT = re.compile(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)")  # a file's part of a variant; its name has any form
 
 METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: name in the thesis
 THESIS = {  # benchmark, data set, method: top-1, top-5
@@ -329,9 +332,13 @@ def tell_apart(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def thesis_figures(row: Mapping) -> tuple[float, float] | None:
-    """The thesis' top-1 and top-5 for a row of `collect`, if it is a plain result of one of its methods."""
+    """The thesis' top-1 and top-5 for a row of `collect`, if it is a plain result of one of its methods.
+
+    It may be that of a file given by `--checkpoint`, such as the thesis' own.
+    """
     method = METHODS.get(row["arch"])
-    if row["variant"] or row["part"] != "all" or row["benchmark"].endswith("-random") or row["feature"] != "pool":
+    plain = not CHECKPOINT.sub("", row["variant"]) and not row["benchmark"].endswith("-random")
+    if not plain or row["part"] != "all" or row["feature"] != "pool":
         return None
     return THESIS.get((row["kind"], row["dataset"], method))
 

@@ -119,6 +119,7 @@ def controls(prepare: Callable[[dict], tuple[Tensor, Tensor]]) -> dict[str, Call
 
 def draw_answers(
     figure: object,
+    name: str,
     embeddings: dict[str, Tensor],
     show: Callable[[int], tuple[Tensor, Tensor]],
     classes: Sequence[str],
@@ -129,6 +130,7 @@ def draw_answers(
 
     Args:
         figure: a matplotlib figure or subfigure.
+        name: the run's name, for the title.
         embeddings: the result of `embed`. The videos shown range from the best to the median of the better half.
         show: maps a video's `index` to its frames (T, H, W, 3) and its spectrogram (n_mels, frames).
         classes: names of the labels, or empty.
@@ -141,20 +143,22 @@ def draw_answers(
     chosen = rank_of_own.argsort(stable=True)[np.linspace(0, last, queries).astype(int)]
     axes = figure.subplots(queries, 1 + answers, width_ratios=[4] + [2] * answers, squeeze=False)
     figure.suptitle(
-        "Videos and the held-out sounds nearest to them (green: the video's own; a title is the sound's class)"
+        f"{name}: from the better half of the held-out videos, best first, and the sounds nearest to them\n"
+        "(green: the video's own sound; a title is the sound's class)",
+        fontsize=10,
     )
 
-    def name(i: int) -> str:
+    def class_of(i: int) -> str:
         return drawable(classes[embeddings["label"][i]]) if len(classes) and embeddings["label"][i] >= 0 else ""
 
     for row, query in zip(axes, chosen.tolist(), strict=True):
         frames, _ = show(int(embeddings["index"][query]))
         row[0].imshow(torch.cat(list(frames[:: max(1, len(frames) // 4)][:4]), dim=1).numpy())
-        row[0].set_ylabel(name(query), fontsize=9)
+        row[0].set_ylabel(class_of(query), fontsize=9)
         for axis, answer in zip(row[1:], similarity[query].topk(answers).indices.tolist(), strict=True):
             _, spectrogram = show(int(embeddings["index"][answer]))
             axis.imshow(spectrogram.numpy(), origin="lower", aspect="auto", cmap="magma")
-            axis.set_title(name(answer), fontsize=8)
+            axis.set_title(class_of(answer), fontsize=8)
             if answer == query:
                 axis.patch.set(edgecolor="limegreen", linewidth=6)
                 for spine in axis.spines.values():

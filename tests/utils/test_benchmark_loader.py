@@ -13,6 +13,7 @@ from datasets.transcode import transcode
 from datasets.video_dataset import ClipRecipe
 from tests import tiny
 from utils.benchmark import __main__ as benchmark
+from utils.benchmark import loader
 from utils.benchmark.loader import Stopwatch, draw_clip, read_ours, read_plain
 from utils.config import load_config
 from utils.errors import UserError
@@ -119,3 +120,11 @@ def test_private_memory_grows_with_what_is_written():
     )
     run = subprocess.run([sys.executable, "-c", child], cwd=tiny.REPO, env=tiny.ENV, capture_output=True, text=True)
     assert 40 < float(run.stdout) < 60, run.stderr
+
+
+def test_without_proc_the_memory_of_workers_is_not_a_number(folders, monkeypatch, capsys):
+    monkeypatch.setattr(loader, "private_memory", lambda pid: float("nan"))
+    command = ["benchmark", "loader", folders[1], "--root", folders[0] / "raw", "--clips", 1, "--workers", 1]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    benchmark.main()
+    assert "nan" in capsys.readouterr().out

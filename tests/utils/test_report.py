@@ -50,6 +50,11 @@ def test_curves_of_a_run(run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" and "picture: " in capsys.readouterr().out
     assert drawn[0] == ([0.5, 1.0, 1.5], [0.6, 0.3, 0.2])
     assert drawn[1] == ([0, 2], [5.0, 7.0])
+    changed = [*sys.argv, "--set", "model.name=another"]
+    monkeypatch.setattr(sys, "argv", changed)
+    with pytest.raises(UserError, match="another: no such|another/metrics.jsonl: no such"):
+        report.main()
+    monkeypatch.setattr(sys, "argv", changed[:-2])
     write(retrieval(0))
     with pytest.raises(UserError, match="no held-out retrieval yet"):
         report.main()

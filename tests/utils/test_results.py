@@ -103,6 +103,9 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
     others = {"benchmark": "ucf101-linear-8at16-random"}, {"variant": "few-shot-0.1"}, {"part": "unseen"}
     for other in (*others, {"feature": "conv4x"}):
         assert results.thesis_figures(rows[2] | other) is None
+    file = "checkpoint-VGGSound_N1024-best-4e8236"
+    assert results.thesis_figures(rows[2] | {"variant": file}) == (51.20, 80.91)
+    assert results.thesis_figures(rows[2] | {"variant": f"{file}_few-shot-0.1"}) is None
     command = [sys.executable, "-m", "utils.report", str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPO, env=tiny.ENV)
     assert printed.stdout == text

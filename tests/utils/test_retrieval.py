@@ -140,7 +140,7 @@ def test_a_picture_of_queries_and_answers(embeddings):
         return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
 
     figure = plt.figure()
-    draw_answers(figure, embeddings, show, ("a", "b", "c"), queries=3, answers=2)
+    draw_answers(figure, "xid", embeddings, show, ("a", "b", "c"), queries=3, answers=2)
     plt.close(figure)
     assert len(figure.axes) == 9
     assert len(asked) == 9  # 3 queries, and 2 answers to each
@@ -159,7 +159,7 @@ def test_a_picture_of_few_videos_shows_each_once(embeddings):
         return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
 
     figure = plt.figure()
-    draw_answers(figure, few, show, ("a", "b", "c"), queries=4, answers=1)
+    draw_answers(figure, "xid", few, show, ("a", "b", "c"), queries=4, answers=1)
     plt.close(figure)
     assert sorted(asked[::2]) == [0, 1, 2, 3]
 

@@ -319,8 +319,8 @@ def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, varian
         "clips_per_s": round(rate, 1),
         "a_core": round(rate / min(len(memory), cores()), 1),
         "first_batch_s": round(first - started, 2),
-        "worker_mb": round(max(memory)),
-        "grown_mb": round(max(memory) - (halfway or max(memory))),
+        "worker_mb": round(max(memory), 1),
+        "grown_mb": round(max(memory) - (halfway or max(memory)), 1),
     }
 
 
