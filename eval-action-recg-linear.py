@@ -10,6 +10,7 @@ processes. On SIGTERM or SIGUSR1 it stops at the next batch; with --resume it co
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -30,7 +31,7 @@ from utils import evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles
 from utils.distributed import gather_objects, is_main, launch
-from utils.errors import UserError
+from utils.errors import RunFailed, UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
 from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run
@@ -52,10 +53,11 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """Run one process of the evaluation: all folds and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
+    evaluation.clear(args, cfg, model_cfg)
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
-        finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
+        finish_folds(evaluation.folds_file(args, cfg, model_cfg), results)
 
 
 def evaluate_fold(
@@ -95,6 +97,7 @@ def evaluate_fold(
 
     stage("Features")
     num_epochs, num_quick = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
+    base_rate = cfg["optimizer"]["lr"]["base_lr"]
     num_final, num_dense = evaluation.final_clips(cfg)
     num_random = max(num_quick, num_final)  # computed once; a test with fewer clips takes the first ones
     in_final_test = [*range(num_final), *range(num_random, num_random + num_dense)]
@@ -118,7 +121,7 @@ def evaluate_fold(
         if not views and probe.epoch < last_epoch:
             fresh = build_fresh_clips(cfg, data.train.subset(part.train), device)
         for epoch in range(probe.epoch, last_epoch):
-            torch.manual_seed(1_000_003 * cfg["seed"] + epoch)  # for dropout
+            torch.manual_seed((1_000_003 * cfg["seed"] + epoch) % 2**63)  # for dropout
             if views:
                 batches = stored_batches(cfg, part, views, epoch)
             else:
@@ -137,6 +140,7 @@ def evaluate_fold(
                 continue
             if is_main():
                 figures = mean_losses(history)
+                _check_losses(figures, base_rate, f"{part.name}, epoch {probe.epoch}")
                 if tests is not None:
                     figures |= quick_test(probe.logits, tests, part.test, part.test_labels, num_quick)
                 log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
@@ -168,6 +172,13 @@ def evaluate_fold(
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)
+
+
+def _check_losses(figures: dict[str, float], base_rate: float, place: str) -> None:
+    """Raise RunFailed unless the losses at the headline's learning rate are finite; others may diverge."""
+    for name, loss in figures.items():
+        if name.endswith(f" {base_rate:g}") and not math.isfinite(loss):
+            raise RunFailed(f"{place}: {name} is {loss}; lower optimizer.lr.base_lr, and check the encoder's weights")
 
 
 def clip_features(

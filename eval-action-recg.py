@@ -28,7 +28,7 @@ from models.classifiers import ClassificationWrapper, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles, for_batch
-from utils.distributed import gather_objects, is_main, launch, world_size, wrap
+from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
 from utils.errors import RunFailed
 from utils.features import clip_outputs, rows_of
 from utils.frozen import tensor_hash
@@ -53,10 +53,11 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """Run one process of the evaluation: all folds and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
+    evaluation.clear(args, cfg, model_cfg)
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
-        finish_folds(evaluation.benchmark_folder(cfg, model_cfg), results)
+        finish_folds(evaluation.folds_file(args, cfg, model_cfg), results)
 
 
 def evaluate_fold(
@@ -127,7 +128,7 @@ def fine_tune(
         Preempted: the run was asked to stop.
     """
     precision, prepare = Precision(cfg["precision"], device), VideoPrep(cfg["dataset"]["color"]).to(device)
-    data, schedule = cfg["dataset"], cfg["optimizer"]
+    data, schedule, base_rate = cfg["dataset"], cfg["optimizer"], cfg["optimizer"]["lr"]["base_lr"]
     warmup = schedule["warmup_epochs"] if schedule["warmup_classifier"] else 0
     num_epochs = warmup + schedule["num_epochs"]
 
@@ -138,6 +139,28 @@ def fine_tune(
 
     def without_dropout(batch: dict) -> Tensor:
         return classify(batch, torch.ones(len(batch["frames"]), model.feat_dim, device=device))
+
+    def loss_of(batch: dict, epoch: int, step: int) -> Tensor:
+        """The loss of this rank's clips, scaled so that DDP's mean over ranks is the mean over the batch."""
+        has_clips, size = "frames" in batch, batches.size(step)
+        count_rank(model, has_clips)  # a rank without clips runs a dummy: the others' BN waits for it
+        keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # for the whole batch, on every rank
+        keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
+        with for_batch(whole=has_clips and len(batch["frames"]) == len(batches.own(0))):
+            if has_clips:
+                own = batch["position"] - step * batches.batch_size
+                loss = F.cross_entropy(classify(batch, keep[own]), labels[batch["index"]], reduction="sum")
+            else:
+                with precision.autocast():
+                    loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
+        return loss * world_size() / size
+
+    def test_between_epochs(done: int) -> None:
+        logits, present = test_logits(device, cfg, model, test, failures, stop, data["test"]["clips_per_video"])
+        if is_main():
+            figures = evaluation.clip_accuracies(logits, part.test_labels[present])
+            writer.write(f"{part.name} test", done * batches.steps, figures)
+            log.info("after epoch %d: %s", done, in_words(figures))
 
     def save(epoch: int, step: int, warming: bool) -> None:
         training = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict()}
@@ -156,12 +179,15 @@ def fine_tune(
         dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
         if compiles(cfg["compile"], device):
             prepare.compile(dynamic=False)
+        tested = broadcast_object(writer.wrote(f"{part.name} test", start_epoch * batches.steps))
+        if start_epoch and not start_step and start_epoch % cfg["test_freq"] == 0 and not tested:
+            test_between_epochs(start_epoch)  # a signal had cut it short
         batches.start_at(start_epoch, start_step, last_epoch - start_epoch)
         stream = prefetch(loader, device)
     for epoch in range(start_epoch, last_epoch):
         warming = epoch < warmup  # first only the classifier, with the backbone in eval mode
         if epoch in (start_epoch, warmup):
-            model.video_model.requires_grad_(not warming)
+            model.let_backbone_learn(not warming)
             optimizer = build_optimizer(schedule, model)
             net = wrap(model, cfg["compile"], device)
         if epoch == start_epoch and state is not None and state["warming"] == warming:
@@ -172,31 +198,19 @@ def fine_tune(
             stream = try_compiled(stream, without_dropout, net, prepare)
         averages, clock = Averages(), StepClock()
         for step, batch in enumerate(clock.timed(islice(stream, batches.steps - start_step)), start_step):
-            for share in gather_objects(batch["failures"]):
-                failures(share)
-            has_clips, size = "frames" in batch, batches.size(step)
-            rate = learning_rate(schedule, max(0, epoch - warmup), step / batches.steps)
+            rate = base_rate if warming else learning_rate(schedule, epoch - warmup, step / batches.steps)
             set_learning_rate(optimizer, rate)
-            count_rank(model, has_clips)  # a rank without clips runs a dummy: the others' BN waits for it
-            keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # for the whole batch, on every rank
-            keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
-            with for_batch(whole=has_clips and size == batches.size(0)):
-                if has_clips:
-                    own = batch["position"] - step * batches.batch_size
-                    loss = F.cross_entropy(classify(batch, keep[own]), labels[batch["index"]], reduction="sum")
-                else:
-                    with precision.autocast():
-                        loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
-            loss = loss * world_size() / size  # so that DDP's mean over ranks is the mean over the batch
-            precision.backward(loss)
-            precision.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-            averages.add({"loss": loss})
-            clock.count(size)
+            if failures.note(batch):  # else no rank has a clip of this batch
+                loss = loss_of(batch, epoch, step)
+                precision.backward(loss)
+                precision.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+                averages.add({"loss": loss})
+            clock.count(batches.size(step))
             stopping = stop.on_any_rank()
             if (step + 1) % cfg["print_freq"] == 0 or step + 1 == batches.steps or stopping:
                 figures = averages.read() | {"lr": rate} | clock.read()
-                if not math.isfinite(figures["loss"]):
+                if not math.isfinite(figures.get("loss", 0.0)):
                     raise RunFailed(f"{part.name}, epoch {epoch + 1}: the loss is not finite; lower lr.base_lr")
                 writer.write(f"{part.name} train", epoch * batches.steps + step + 1, figures)
                 clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
@@ -211,18 +225,13 @@ def fine_tune(
         if done % cfg["test_freq"] == 0 or done == num_epochs:
             save(done, 0, warming)
         if done % cfg["test_freq"] == 0 and done < num_epochs:
-            num_quick = data["test"]["clips_per_video"]
-            logits, present = test_logits(device, cfg, model, test, failures, stop, num_quick)
-            if is_main():
-                figures = evaluation.clip_accuracies(logits, part.test_labels[present])
-                writer.write(f"{part.name} test", done * batches.steps, figures)
-                log.info("after epoch %d: %s", done, in_words(figures))
+            test_between_epochs(done)
 
     num_final, num_dense = evaluation.final_clips(cfg)
     logits, present = test_logits(device, cfg, model, test, failures, stop, num_final, num_dense)
     if not is_main():
         return None
-    by_rate = {schedule["lr"]["base_lr"]: {cfg["model"]["args"]["feat_name"]: logits}}
+    by_rate = {base_rate: {cfg["model"]["args"]["feat_name"]: logits}}
     return Outcome(part.classes, part.test_labels[present], by_rate, num_final, (last_epoch, num_epochs))
 
 

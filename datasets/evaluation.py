@@ -203,15 +203,19 @@ class SharedBatches(Sampler):
         """Number of positions in a global batch."""
         return min(self.batch_size, self.length - step * self.batch_size)
 
+    def own(self, step: int) -> range:
+        """This rank's positions in a global batch."""
+        first, size = step * self.batch_size, self.size(step)
+        begin, end = (first + size * r // self.world_size for r in (self.rank, self.rank + 1))
+        return range(begin, end)
+
     def __len__(self) -> int:
         return self.epochs * self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for i in range(self.first_step, self.epochs * self.steps):
             later, step = divmod(i, self.steps)
-            first, size = step * self.batch_size, self.size(step)
-            begin, end = (first + size * r // self.world_size for r in (self.rank, self.rank + 1))
-            yield [(self.epoch + later, position) for position in range(begin, end)]
+            yield [(self.epoch + later, position) for position in self.own(step)]
 
 
 def data_fingerprint(*lists: VideoList) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.config import FEATURES
 from utils.errors import UserError
 
 POOLINGS = {
@@ -161,6 +162,16 @@ class ClassificationWrapper(nn.Module):
         if keep is None:
             return self.head(self.dropout(features))
         return self.head(features * keep)
+
+    def let_backbone_learn(self, learn: bool) -> None:
+        """Set whether the backbone is trained: its parameters on the way to the feature.
+
+        DDP would wait in vain for gradients of the stages after it.
+        """
+        self.video_model.requires_grad_(learn)
+        for name in FEATURES[FEATURES.index(self.feat_name) + 1 :]:
+            if hasattr(self.video_model, name):
+                getattr(self.video_model, name).requires_grad_(False)
 
     def draw_dropout(self, batch_size: int, key: Sequence[int]) -> Tensor:
         """Draw a batch's dropout mask (batch_size, feat_dim): 0 where dropped, else 1 / (1 - rate).

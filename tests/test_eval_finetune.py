@@ -25,9 +25,10 @@ def cfgs(tmp_path, ucf):
     """Writes an evaluation's configuration; returns it and that of the model."""
 
     def write(**changes):
+        root = changes.pop("root", ucf)
         options = {"model__args__use_dropout": True, "optimizer__lr__base_lr": 1e-3, **changes}
-        evaluation = tiny_evaluation.write_evaluation(tmp_path, ucf, "ClassificationWrapper", **options)
-        return evaluation, tiny.write_config(tmp_path, ucf)
+        evaluation = tiny_evaluation.write_evaluation(tmp_path, root, "ClassificationWrapper", **options)
+        return evaluation, tiny.write_config(tmp_path, root)
 
     return write
 
@@ -165,6 +166,65 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
     states = checkpoint.load(tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_rest-classes/checkpoint.pth.tar")
     counts = [state["model"]["video_model.conv1.1.num_batches_tracked"].item() for state in states["parts"].values()]
     assert counts == [2, 2]  # steps of 4 videos in batches of 3: the second part did not go on from the first
+
+
+def test_a_batch_without_a_readable_clip_is_no_step(cfgs, tmp_path, ucf):
+    root = tmp_path / "ucf"
+    shutil.copytree(ucf, root)
+    next((root / "videos").rglob("*g01_c01.mp4")).write_text("no video")
+    cfg, model = cfgs(root=root, optimizer__num_epochs=1)
+    evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing", "--debug")  # batches of one clip
+    weights = stored(tmp_path)["model"]
+    assert weights["video_model.conv1.1.num_batches_tracked"] == 7  # of 8 training videos
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_the_classifiers_warm_up_has_the_base_rate_and_the_schedule_follows(cfgs, tmp_path):
+    rate = {"name": "cosine", "base_lr": 1e-3, "warmup_epochs": 1}
+    cfg, model = cfgs(optimizer__warmup_classifier=True, optimizer__warmup_epochs=2, optimizer__lr=rate)
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    lines = map(json.loads, next(tmp_path.glob("runs/**/metrics.jsonl")).read_text().splitlines())
+    rates = [line["lr"] for line in lines if line["group"] == "all train"]  # 3 steps an epoch
+    assert rates[:6] == [1e-3] * 6
+    assert rates[6] < rates[7] < rates[8] > rates[9] > rates[10] > rates[11]
+
+
+def test_stages_behind_the_feature_are_not_waited_for(cfgs, tmp_path):
+    args = {"feat_name": "conv4x", "feat_dim": 256, "pooling_op": "AdaptiveMaxPool3d((1, 1, 1))"}
+    cfg, model = cfgs(model__args=args)
+    found = evaluate(tmp_path, cfg, model, "--random-weights", ranks=2)
+    assert found["epochs"]["all"]["done"] == 2
+
+
+def test_a_test_that_a_signal_cut_short_is_made_up_for(cfgs, tmp_path):
+    cfg, model = cfgs()
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    folder = next(tmp_path.glob("runs/**/metrics.jsonl")).parent
+    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(whole[3])["group"] == "all test"
+    shutil.move(folder / checkpoint.PREVIOUS, folder / checkpoint.LATEST)  # as it was after the first epoch
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in whole[:3]))
+    evaluate(tmp_path, cfg, model, "--random-weights", "--resume")
+    assert (folder / "metrics.jsonl").read_text().splitlines()[3] == whole[3]
+
+
+def test_folds_that_are_there_are_taken_into_the_mean(cfgs, tmp_path, ucf):
+    root = tmp_path / "ucf"
+    shutil.copytree(ucf, root)
+    for name in ("train", "test"):
+        lists = root / "ucfTrainTestlist"
+        shutil.copy(lists / f"{name}list01.txt", lists / f"{name}list02.txt")
+    cfg, model = cfgs(root=root, optimizer__num_epochs=1)
+    for fold in (1, 2):
+        evaluate(tmp_path, cfg, model, "--random-weights", "--set", f"dataset.fold={fold}")
+    files = sorted(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+    before = [file.read_bytes() for file in files]
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.num_folds=2", "--test-only")
+    assert [file.read_bytes() for file in files] == before
+    mean = next(tmp_path.glob("runs/**/folds-random-weights.json"))
+    assert json.loads(mean.read_text())["folds"] == [1, 2]
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.fold=2")
+    assert not mean.exists()  # one of its folds is another
 
 
 def test_a_loss_that_is_no_number_stops_it(cfgs):

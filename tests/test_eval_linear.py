@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,6 +17,7 @@ from datasets.concepts import Part
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
 from utils.config import load_config
+from utils.errors import RunFailed
 
 SCRIPT, CPU = "eval-action-recg-linear.py", torch.device("cpu")
 
@@ -215,6 +218,7 @@ def test_resume_and_test_only(cfgs, tmp_path):
     assert (written.parent / "confusion-pool.png").exists()
     fail(*base, "--set", "model.args.feat_dims=[256]")  # noticed in the first forward pass: a new training had begun
     assert not (written.parent / "results.json").exists() and not (written.parent / "confusion-pool.png").exists()
+    assert not (written.parent / "checkpoint.pth.tar").exists()  # a later --resume would take the old classifier
     assert evaluate(tmp_path, *base)["results"] == whole["results"]
     assert written.read_text() == accepted
     assert "optimizer.lr.base_lr 0.01, now 0.5" in fail(*base, "--resume", "--set", "optimizer.lr.base_lr=0.5")
@@ -223,6 +227,39 @@ def test_resume_and_test_only(cfgs, tmp_path):
         *base, "--resume", "--set-model", "model.args.video_backbone_args.depth=18"
     )
     evaluate(tmp_path, *base, "--debug", "--set", "optimizer.num_epochs=1")
+
+
+def test_a_stored_classifier_can_be_tested_on_more_clips(cfgs, tmp_path):
+    cfg, model = cfgs()
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    more = ("--test-only", "--set", "dataset.test.final_clips_per_video=7")
+    assert evaluate(tmp_path, cfg, model, "--random-weights", *more)["results"]["pool"]["clips"] == 6 * 7
+
+
+def test_nothing_is_deleted_while_another_process_writes(cfgs, tmp_path):
+    cfg, model = cfgs()
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    folder = next(tmp_path.glob("runs/**/results.json")).parent
+    writer = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", writer, folder / "train.log"], **pipes) as other:
+        other.stdout.readline()
+        assert "another process is writing there" in fail(cfg, model, "--random-weights")
+        other.stdin.close()
+    assert (folder / "results.json").exists() and (folder / "checkpoint.pth.tar").exists()
+
+
+def test_large_seeds(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__num_epochs=1)
+    assert evaluate(tmp_path, cfg, model, "--random-weights", "--seed", 20240115123000)["variant"].endswith("123000")
+
+
+def test_a_loss_that_is_no_number_stops_it_at_the_headlines_rate_alone(cfgs, tmp_path):
+    cfg, model = cfgs()
+    other = ("--random-weights", "--set", "optimizer.other_lrs=[1.0e+38]")
+    assert evaluate(tmp_path, cfg, model, *other)["epochs"]["all"]["done"] == 2
+    with pytest.raises(RunFailed, match="epoch 1: loss pool 1e[+]38 is nan; lower optimizer.lr.base_lr"):
+        evaluate(tmp_path, cfg, model, "--random-weights", "--set", "optimizer.lr.base_lr=1.0e+38")
 
 
 def test_a_signal_between_epochs_saves(cfgs, tmp_path):

@@ -45,7 +45,7 @@ UNREADABLE = (  # raised by torch.load for bytes not written by torch.save; the 
 State = TypeVar("State")
 
 
-FREE_TO_CHANGE = (  # keys that may change when a run resumes, as they do not alter its meaning
+FREE_TO_CHANGE = {  # keys that may change when a run resumes, as they do not alter its meaning
     "resume",
     "test_only",
     "num_workers",
@@ -59,12 +59,11 @@ FREE_TO_CHANGE = (  # keys that may change when a run resumes, as they do not al
     "cache_dir",
     "dataset.root",
     "dataset.decode_once",
-    "dataset.test.",
     "model.name",
     "model.model_dir",
     "model.args.checkpoint",
     "loss.args.checkpoint",
-)
+}
 
 
 class RunCheckpoints:
@@ -234,14 +233,18 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
 
 def _changes(stored: Mapping, now: Mapping) -> list[str]:
     stored, now = flatten(stored), flatten(now)
-    new = [key for key in now if key not in stored and not key.startswith(FREE_TO_CHANGE)]
+    new = [key for key in now if key not in stored and not _free(key)]
     if stored and new:  # keys added by a newer version must not prevent resuming
         log.info("the checkpoint was saved before these keys existed: %s", _few([f"{key} {now[key]}" for key in new]))
     return [
         f"{key} was {value!r}, is {now.get(key)!r}"
         for key, value in stored.items()
-        if value != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if value != now.get(key) and not _free(key)
     ]
+
+
+def _free(key: str) -> bool:
+    return key in FREE_TO_CHANGE or key.startswith("dataset.test.")
 
 
 def save(folder: str | Path, state: Mapping, keep_as: str | None = None, latest_damaged: bool = False) -> Path:

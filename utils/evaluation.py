@@ -1,10 +1,11 @@
 """Code shared by the two evaluation scripts: what to evaluate, where results go, how accuracies are computed."""
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,25 @@ from torch import Tensor, nn
 
 from utils import checkpoint
 from utils.config import flatten, load_config, run_folder
-from utils.distributed import is_main
+from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
-from utils.logger import provenance, write_config
+from utils.files import lock
+from utils.logger import LOG, provenance, write_config
 
 if TYPE_CHECKING:
     from datasets import FoldData
 
 log = logging.getLogger("avssrl")
 
-FREE_TO_CHANGE = ("resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root")
+FREE_TO_CHANGE = {"resume", "test_only", "num_workers", "test_freq", "print_freq", "cache_dir", "dataset.root"}
 """Keys that do not affect the result of an evaluation."""
+OF_THE_TEST = {
+    "dataset.fold",  # a classifier's folder names it, and the fingerprint of the data tells it
+    "dataset.num_folds",
+    "dataset.test.final_clips_per_video",
+    "dataset.test_dense.clips_per_video",
+}
+"""Keys that do not affect the training of a classifier."""
 RANDOM = "random weights"
 """The name in results of an encoder that was not pre-trained."""
 AGAIN = "run it again with --resume"
@@ -88,6 +97,11 @@ def fold_folder(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int)
     return benchmark_folder(cfg, model_cfg) / f"fold-{fold:02d}" / variant(args, cfg)
 
 
+def folds_file(args: argparse.Namespace, cfg: dict, model_cfg: dict) -> Path:
+    """`folds.json`, or `folds-<variant>.json`, in the benchmark's folder: the means over folds."""
+    return benchmark_folder(cfg, model_cfg) / ("-".join(filter(None, ["folds", variant(args, cfg)])) + ".json")
+
+
 def benchmark_folder(cfg: dict, model_cfg: dict) -> Path:
     """`<model_dir>/<name>/eval-<benchmark.name>`."""
     return run_folder(model_cfg) / f"eval-{cfg['benchmark']['name']}"
@@ -142,6 +156,13 @@ class Failures:
                 log.warning("skipped: %s: %s", name, reason)
             self.names[name] = reason
 
+    def note(self, batch: Mapping) -> bool:
+        """Record the failures in all ranks' shares of a batch; whether any rank has a clip of it. All must call it."""
+        shares = gather_objects((batch["failures"], "frames" in batch))
+        for failures, _ in shares:
+            self(failures)
+        return any(has_clips for _, has_clips in shares)
+
 
 # ------------------------------------------------------------------------------------------------------- accuracies
 
@@ -179,8 +200,12 @@ def video_scores(logits: Tensor) -> Tensor:
 
 def recipe(cfg: dict, **more: object) -> dict:
     """All settings that define an evaluation, as plain data."""
-    flat = {key: value for key, value in flatten(cfg).items() if not key.startswith(FREE_TO_CHANGE)}
-    return flat | more
+    return {key: value for key, value in flatten(cfg).items() if key not in FREE_TO_CHANGE} | more
+
+
+def differing(then: Mapping, now: Mapping, free: Container[str]) -> list[str]:
+    """The keys, except for `free` ones, whose values differ between two recipes."""
+    return [key for key in then | now if key not in free and then.get(key) != now.get(key)]
 
 
 class StoredClassifier:
@@ -204,8 +229,13 @@ class StoredClassifier:
 
         Raises:
             UserError: the stored one was made from something else, `test_only` finds none, or the ranks found
-                different ones.
+                different ones, or have different encoders.
         """
+        if len(set(gather_objects(self.prints["encoder"]))) > 1:
+            raise UserError(
+                "the processes loaded different encoders; model.model_dir must be on a disk that all nodes share, and "
+                "a pre-training that is still running may just have saved: run it again"
+            )
         self._parts = checkpoint.agreed(self.folder, self._load, _places)
         return self._parts
 
@@ -226,12 +256,11 @@ class StoredClassifier:
                     "without --resume and with --set resume=false"
                 )
         then, now = state["recipe"], self.prints["recipe"]
-        for key in then | now:
-            if then.get(key) != now.get(key):
-                raise UserError(
-                    f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or start "
-                    "from scratch without --resume and with --set resume=false"
-                )
+        for key in differing(then, now, OF_THE_TEST):
+            raise UserError(
+                f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or start "
+                "from scratch without --resume and with --set resume=false"
+            )
         log.info("going on from %s", path)
         parts = state["parts"]
         missing = [part for part in self.prints["recipe"]["parts"] if part not in parts]
@@ -253,15 +282,39 @@ def _places(parts: Mapping[str, dict]) -> str:
     return ", ".join(f"{part} epoch {state['epoch']}, step {state.get('step', 0)}" for part, state in parts.items())
 
 
+def clear(args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
+    """Unless it resumes or only tests, delete what an earlier start of this evaluation left, in all of its folds.
+
+    Otherwise a start with --resume, after this one was stopped, would take up old classifiers.
+
+    Raises:
+        UserError: another process is writing to one of them; nothing is deleted.
+    """
+    if cfg["resume"] or cfg["test_only"] or not is_main():
+        return
+    folders = [fold_folder(args, cfg, model_cfg, fold) for fold in folds(cfg)]
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            if (folder / LOG).exists():
+                lock(locks.enter_context((folder / LOG).open("a")), folder)
+        for folder in folders:
+            _delete_results(folder, (checkpoint.LATEST, checkpoint.PREVIOUS))
+        folds_file(args, cfg, model_cfg).unlink(missing_ok=True)
+
+
+def _delete_results(folder: Path, more: Iterable[str] = ()) -> None:
+    for pattern in ("results.json", "per-class-*.csv", "confusion-*.png", *more):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
 def begin_fold(folder: Path, config: dict, anew: bool) -> None:
     """Write config.yaml on rank 0, and when training from scratch (`anew`) delete the results of an earlier training.
 
     With `test_only` the training's config.yaml is left as it is.
     """
     if anew and is_main():
-        for pattern in ("results.json", "per-class-*.csv", "confusion-*.png"):
-            for file in folder.glob(pattern):
-                file.unlink()
+        _delete_results(folder)
     if not config["evaluation"]["test_only"]:
         write_config(folder, config)
 

@@ -23,6 +23,9 @@ from utils.metrics import collapse_warning
 
 log = logging.getLogger("avssrl")
 
+LOG = "train.log"
+"""A run's log file; its writer holds a lock on it."""
+
 
 def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     """Send the log of rank 0 to the console (unless `quiet`) and to `<folder>/train.log`.
@@ -41,7 +44,7 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     handlers: list[logging.Handler] = []
     if is_main() or quiet:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape"))
+        handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8", errors="surrogateescape"))
     if not quiet:
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:

@@ -172,16 +172,15 @@ def finish_evaluation(folder: Path, facts: Mapping, outcomes: Mapping[str, Outco
     return results
 
 
-def finish_folds(folder: Path, results: Sequence[Mapping]) -> None:
-    """Write and log mean and standard deviation over folds, to `folds.json` or `folds-<variant>.json`."""
+def finish_folds(file: Path, results: Sequence[Mapping]) -> None:
+    """Write mean and standard deviation over folds to a JSON file, and log them."""
     leaves = [{leaf[:3]: leaf[3] for leaf in _leaves(one)} for one in results]
     mean = [
         {"part": part, "feature": feature, "learning_rate": rate}
         | {name: mean_and_deviation([fold[part, feature, rate][name] for fold in leaves]) for name in ACCURACIES}
         for part, feature, rate in leaves[0]
     ]
-    name = "-".join(filter(None, ["folds", results[0]["variant"]]))
-    write_json(folder / f"{name}.json", {"folds": [one["fold"] for one in results], "mean": mean})
+    write_json(file, {"folds": [one["fold"] for one in results], "mean": mean})
     rows = [["", "learning rate", *ACCURACIES]]
     for line in mean:
         cells = [f"{line[name]['mean']:.2f} +-{line[name]['std']:.2f}" for name in ACCURACIES]

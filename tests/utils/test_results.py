@@ -8,10 +8,12 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import tiny
 from utils import evaluation, report, results
@@ -81,7 +83,7 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
     other.mkdir()
     parts = {"unseen": outcome(seed=5), "seen": outcome(seed=6)}
     results.finish_evaluation(other, facts(1, variant="rest-classes", kind="finetune"), parts)
-    results.finish_folds(tmp_path, folds)
+    results.finish_folds(tmp_path / "folds.json", folds)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("{}")
     rows = results.collect(tmp_path)
@@ -228,3 +230,17 @@ def test_variants_of_an_evaluation_have_folders_of_their_own():
     assert variant(seed=2, few_shot_seed=3, few_shot_ratio=0.1) == "few-shot-0.1-seed-3_seed-2"
     assert variant(random_weights=True, use_rest_classes=True) == "random-weights_rest-classes"
     assert variant(checkpoint="a/b.pth.tar") != variant(checkpoint="b.pth.tar")
+
+
+def _rank_with_another_encoder(own_rank, folder):
+    store = dist.FileStore(f"{folder}/meet", 2)
+    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=2)
+    made = {"encoder": f"hash-{own_rank}", "data": "d", "recipe": {"parts": {}}}
+    stored = evaluation.StoredClassifier(Path(folder), {"resume": True, "test_only": False}, **made)
+    with pytest.raises(UserError, match="loaded different encoders"):
+        stored.load()
+    dist.destroy_process_group()
+
+
+def test_processes_that_loaded_different_encoders(run_ranks, tmp_path):
+    run_ranks(_rank_with_another_encoder, 2, str(tmp_path))
