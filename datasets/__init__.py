@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,8 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
             f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
             f"{cfg['dataset']['num_folds']}; replace the fold's number by {{fold}}"
         )
+    for part in ("train", "test"):
+        _check_fold(cfg["dataset"][part]["split"], part, fold)
     train, missing, unlabelled = build_labelled(cfg, "train", fold, args.allow_missing)
     test, missing_test, unlabelled_test = build_labelled(cfg, "test", fold, args.allow_missing)
     both = set(train.names()) & set(test.names())
@@ -184,6 +187,16 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
     parts = make_parts(train, test, chosen, rest_classes_file(cfg["dataset"]) if args.use_rest_classes else None)
     missing, unlabelled = sorted({*missing, *missing_test}), sorted({*unlabelled, *unlabelled_test})
     return FoldData(train, test, chosen, parts, missing, unlabelled)
+
+
+def _check_fold(split: str, part: str, fold: int) -> None:
+    """Raise UserError if a split's name is that of another fold: its result would be filed as this one's."""
+    number = re.search(r"\d+$", split)
+    if "{fold" not in split and fold != (int(number[0]) if number else 1):
+        raise UserError(
+            f"dataset.{part}.split: {split} is not of fold {fold} (dataset.fold); write {{fold}} for the number, or "
+            "--set dataset.fold"
+        )
 
 
 def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> DataLoader:

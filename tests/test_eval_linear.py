@@ -457,6 +457,10 @@ def test_missing_and_unreadable_videos(cfgs, tmp_path, ucf):
         (("--set", "dataset.test_dense.split=other"), ("test_dense.split: other", "testlist{fold:02d}")),
         (("--set", "dataset.num_folds=2"), ("list02.txt", "no such list")),
         (
+            ("--set", "dataset.fold=2", "--set", "dataset.train.split=trainlist01"),
+            ("dataset.train.split: trainlist01 is not of fold 2", "{fold}"),
+        ),
+        (
             ("--set", "dataset.num_folds=2", "--set", "dataset.train.split=trainlist01"),
             ("the same for each of num_folds: 2", "{fold}"),
         ),

@@ -16,13 +16,23 @@ import numpy as np
 from utils.errors import UserError
 from utils.evaluation import RANDOM
 from utils.pictures import save_picture
-from utils.results import ACCURACIES, CHECKPOINT, mean_and_deviation, result_files, run_folder_of, tell_apart
+from utils.results import (
+    ACCURACIES,
+    CHECKPOINT,
+    OF_THE_FOLD,
+    mean_and_deviation,
+    result_files,
+    run_folder_of,
+    tell_apart,
+    warn_of_recipes,
+)
 
 log = logging.getLogger("avssrl")
 
 PARTS = {"unseen": "-", "seen": "--"}  # part: line style
 SHOWN = {"Video@1": "top-1", "Video@5": "top-5"}
 KEY = ("dataset", "benchmark", "method", "part", "ratio")
+OF_A_SUBSET = {"few_shot_ratio", "few_shot_seed", "seed", "parts"}
 COLUMNS = (*KEY, "classes", "videos", "seeds", *(f"{name} {what}" for name in ACCURACIES for what in ("mean", "std")))
 
 
@@ -52,6 +62,11 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s: not a result of this project; skipped", file)
     names = tell_apart(leaf.method for leaf in read)
+    recipes: dict[tuple, list[Mapping]] = {}
+    for leaf in read:
+        recipes.setdefault((*leaf.of[:2], names[leaf.method]), []).append(leaf.recipe)
+    for line, of_line in recipes.items():
+        warn_of_recipes(" ".join(line), of_line, OF_THE_FOLD | OF_A_SUBSET)
     found: dict[tuple, dict[tuple, list[Mapping]]] = {}
     sizes: dict[tuple, tuple[int, int]] = {}
     for leaf in read:
@@ -84,6 +99,7 @@ class _Leaf(NamedTuple):
     of: tuple[str, str, str, str, float]
     method: tuple[str, str]
     seed: tuple
+    recipe: Mapping
     classes: int
     figures: Mapping
 
@@ -101,7 +117,7 @@ def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
         for feature, figures in by_feature.items():
             shown = f", {feature}" if len(by_feature) > 1 else ""
             of = results["dataset"], results["benchmark"], shown, part, few_shot["ratio"]
-            leaves.append(_Leaf(of, method, seed, len(results["recipe"]["parts"][part]), figures))
+            leaves.append(_Leaf(of, method, seed, results["recipe"], len(results["recipe"]["parts"][part]), figures))
     return leaves
 
 

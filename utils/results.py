@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.evaluation import RANDOM, clip_accuracies, top_share, video_accuracies, video_scores
+from utils.evaluation import RANDOM, clip_accuracies, differing, top_share, video_accuracies, video_scores
 from utils.features import ClipOutputs, rows_of
 from utils.files import write_whole
 from utils.metrics import cosines, nearest_neighbour_accuracy
@@ -28,6 +28,8 @@ log = logging.getLogger("avssrl")
 
 ACCURACIES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
 
+OF_THE_FOLD = {"dataset.fold", "dataset.num_folds"}
+"""Keys in which the recipes of an evaluation's folds differ."""
 CHECKPOINT = re.compile(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)")  # a file's part of a variant; its name has any form
 
 METHODS = {"av_wrapper": "xID", "vicreg_wrapper": "VICReg"}  # arch in MODEL_CFG: name in the thesis
@@ -259,13 +261,14 @@ COLLECTED = ("kind", "dataset", "benchmark", "model", "folder", "arch", "variant
 def collect(folder: str | Path) -> list[dict]:
     """All `results.json` below a folder as rows of one table, with mean and deviation of each figure over folds.
 
-    Folds belong to one evaluation if they are in the same run folder (`folder` of a row): two runs in different places
-    may have the same name.
+    Folds belong to one evaluation if they are in the same run folder (`folder` of a row), since two runs in different
+    places may have the same name, and of the same recipe; a warning names what differs.
 
     Raises:
         UserError: there is no such folder, or no result in it.
     """
     groups: dict[tuple, list[Mapping]] = {}
+    recipes: dict[tuple, dict[str, Mapping]] = {}
     for file in result_files([folder]):
         try:
             results = json.loads(file.read_text())
@@ -273,20 +276,32 @@ def collect(folder: str | Path) -> list[dict]:
             encoder_bn = results.get("encoder", {}).get("bn", "")
             variant = " ".join(filter(None, [_random(results), variant, _unfinished(results)]))
             key = kind, dataset, benchmark, model, run_folder_of(file), arch, variant, encoder_bn
-            leaves = list(_leaves(results))
+            recipe = {name: value for name, value in results.get("recipe", {}).items() if name not in OF_THE_FOLD}
+            digest, leaves = json.dumps(recipe, sort_keys=True), list(_leaves(results))
         except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("%s: not a result of this project; skipped", file)
             continue
         for part, feature, rate, figures in leaves:
             if rate == results["learning_rate"]:
-                groups.setdefault((*key, part, feature), []).append(figures)
+                groups.setdefault((*key, part, feature, digest), []).append(figures)
+                recipes.setdefault(key, {})[digest] = recipe
     if not groups:
         raise UserError(f"{folder}: no results.json below it; run an evaluation first")
+    for key, different in recipes.items():
+        warn_of_recipes(" ".join(filter(None, key)), different.values())
     rows = []
-    for key, found in sorted(groups.items()):
+    for (*key, _), found in sorted(groups.items()):
         row = dict(zip(COLLECTED, key, strict=True)) | {"folds": len(found), "videos": sum(f["videos"] for f in found)}
         rows.append(row | {f: mean_and_deviation([figures[f] for figures in found]) for f in ACCURACIES})
     return rows
+
+
+def warn_of_recipes(name: str, recipes: Iterable[Mapping], free: Container[str] = ()) -> None:
+    """Warn if results shown under one name have recipes that differ in keys other than `free`."""
+    first, *others = recipes
+    keys = sorted({key for other in others for key in differing(first, other, free)})
+    if keys:
+        log.warning("%s: these results differ in %s; evaluate them alike to compare them", name, ", ".join(keys))
 
 
 def _random(results: Mapping) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from utils.cli import run_script
+from utils import evaluation
+from utils.cli import evaluation_parser, run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import STATUS, Preempted, RunFailed, UserError
@@ -65,6 +66,9 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); using {VIEWS}, to compute features only once")
         args.set = [*args.set, f"feature_views={VIEWS}"]
     runs, started, child = list(combinations(args)), time.monotonic(), Child()
+    if args.anew:
+        for run in runs:
+            clear(command(args, *run, script_options))
     for done, (model_cfg, random, ratio, seed) in enumerate(runs):
         left = duration((time.monotonic() - started) / done * (len(runs) - done)) if done else "?"
         method = RANDOM if random else Path(model_cfg).stem
@@ -76,6 +80,12 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (see above); fix it and run this again")
     report_concepts(folders, args.out)
+
+
+def clear(command: list[str]) -> None:
+    """Delete the results and classifiers of an evaluation: stopped half-way, the sweep goes on without `--anew`."""
+    args = evaluation_parser(None).parse_args(command[2:])
+    evaluation.clear(args, *evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py"))
 
 
 class Child:

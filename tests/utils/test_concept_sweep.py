@@ -28,6 +28,7 @@ def write_result(
     name="b",
     variant="rest-classes",
     backbone="R2Plus1d depth 18",
+    **recipe,
 ):
     """A `results.json` as the linear script writes it, with seen concepts 10 points above unseen ones."""
     folder = (
@@ -48,7 +49,12 @@ def write_result(
         "backbone": backbone,
         "encoder": {"weights": weights, "bn": bn},
         "few_shot": ratio and {"ratio": ratio, "seed": seed, "videos": []},
-        "recipe": {"seed": 0, "parts": {"unseen": ["a", "b"], "seen": ["c", "d", "e"]}},
+        "recipe": {
+            "seed": 0,
+            "few_shot_seed": seed,
+            **recipe,
+            "parts": {"unseen": ["a", "b"], "seen": ["c", "d", "e"]},
+        },
     }
     (folder / "results.json").write_text(json.dumps(content))
 
@@ -73,6 +79,16 @@ def test_folds_of_a_seed_are_averaged_first(tmp_path):
     write_result(tmp_path, ratio=0.1, seed=2, top1=52.0)
     (row,) = (row for row in concepts.collect_concepts([tmp_path]) if row["part"] == "unseen")
     assert (row["seeds"], row["Video@1 mean"]) == (2, pytest.approx(51.0))
+
+
+def test_points_of_other_recipes_are_told(tmp_path, caplog):
+    write_result(tmp_path, ratio=0.1, seed=1)
+    write_result(tmp_path, ratio=0.5, seed=2)
+    concepts.collect_concepts([tmp_path])
+    assert not caplog.text
+    write_result(tmp_path, feature_views=5)
+    concepts.collect_concepts([tmp_path])
+    assert "ucf101 b xid: these results differ in feature_views" in caplog.text
 
 
 def test_the_whole_set_has_one_subset_whatever_the_seed(tmp_path):
@@ -211,3 +227,8 @@ def test_a_sweep_makes_features_once_and_goes_on(swept):
     assert again.returncode == 0 and "1/1" in again.stdout, again.stderr
     before, _, last = max(logs, key=os.path.getmtime).read_text().rpartition("---- Run")
     assert "epoch 2/2" in before and "epoch 2/2" not in last  # nothing was trained again
+    anew = start("--anew")
+    tiny.wait_until(lambda: tiny.children(anew.processes[0].pid))
+    anew.signal(signal.SIGUSR1)
+    assert "run it again without --anew to go on" in anew.wait().stderr
+    assert not any(log.with_name(checkpoint.LATEST).exists() for log in logs)  # none of the old ones is taken up

@@ -117,6 +117,17 @@ def test_all_results_in_one_table_beside_the_thesis(tmp_path, capsys):
         results.collect(tmp_path / "absent")
 
 
+def test_folds_of_other_recipes_are_not_averaged(tmp_path, caplog):
+    for fold, rate in ((1, 0.5), (2, 1e-4), (3, 1e-4)):
+        folder = tmp_path / f"VGGSound-N1024/eval-x/fold-{fold:02d}"
+        folder.mkdir(parents=True)
+        recipe = {"optimizer.lr.base_lr": rate, "dataset.fold": fold}
+        made = facts(fold, learning_rate=rate, recipe=recipe)
+        results.finish_evaluation(folder, made, {"all": outcome(seed=fold, rate=rate)})
+    assert sorted(row["folds"] for row in results.collect(tmp_path)) == [1, 2]
+    assert "these results differ in optimizer.lr.base_lr; evaluate them alike" in caplog.text
+
+
 def test_runs_of_one_name_are_not_folds_of_each_other(tmp_path):
     for place, seed in (("a", 1), ("b", 2)):
         folder = tmp_path / place / "VGGSound-N1024/eval-x/fold-01"
