@@ -64,7 +64,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     folder = start_run(cfg, args.quiet)
     precision = Precision(cfg["precision"], device)
     torch.backends.cudnn.benchmark = True  # all batches have the same shape
-    stop = StopSignal()
+    stop = StopSignal("run it again" if cfg["resume"] else "run it again with resume: true")
 
     stage("Data")
     video_only = cfg["model"]["arch"] == "vicreg_v_wrapper"

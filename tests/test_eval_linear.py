@@ -17,7 +17,7 @@ from datasets.concepts import Part
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
 from utils.config import load_config
-from utils.errors import RunFailed
+from utils.errors import RunFailed, UserError
 
 SCRIPT, CPU = "eval-action-recg-linear.py", torch.device("cpu")
 
@@ -273,6 +273,24 @@ def test_a_signal_between_epochs_saves(cfgs, tmp_path):
     resumed = checkpoint.load(folder / "checkpoint.pth.tar")
     evaluate(tmp_path, *arguments)
     assert tiny.differences(checkpoint.load(folder / "checkpoint.pth.tar"), resumed, ("parts",)) == []
+
+
+def test_a_table_that_cannot_be_written_ends_in_one_line_which_the_log_has_too(cfgs, tmp_path, monkeypatch):
+    cfg, model = cfgs(optimizer__num_epochs=1)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    monkeypatch.setattr("os.replace", full)
+    folder = next(tmp_path.glob("runs/**/results.json")).parent
+    arguments = (cfg, model, "--random-weights", "--test-only", "--quiet")
+    with pytest.raises(UserError, match="per-class-pool.csv: could not be written: .*No space left"):
+        evaluate(tmp_path, *arguments)
+    monkeypatch.undo()
+    (folder / "checkpoint.pth.tar").unlink()
+    error = tiny.run(*arguments, script=SCRIPT, status=2).stderr
+    assert "no stored classifier" in error and error.strip() in (folder / "train.log").read_text()
 
 
 def test_a_signal_while_features_are_made_ends_it(cfgs, tmp_path):

@@ -5,7 +5,7 @@ import io
 import sys
 from collections.abc import Callable
 
-from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker, message_of
+from utils.errors import STATUS, Preempted, RunFailed, UserError, end_log, in_one_line, lost_worker
 
 
 def pretraining_parser(description: str) -> argparse.ArgumentParser:
@@ -93,14 +93,16 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, RunFailed, Preempted) as error:
-        title = {UserError: "error", RunFailed: "failed", Preempted: "preempted"}[type(error)]
-        print(f"{title}: {message_of(error)}", file=sys.stderr)
-        sys.exit(STATUS[type(error)])
+        _end(in_one_line(error), STATUS[type(error)])
     except RuntimeError as error:
         if (message := lost_worker(error)) is None:
             raise
-        print(f"failed: {message}", file=sys.stderr)
-        sys.exit(STATUS[RunFailed])
+        _end(f"failed: {message}", STATUS[RunFailed])
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted", 130)
+
+
+def _end(line: str, status: int) -> None:
+    print(line, file=sys.stderr)
+    end_log(line)
+    sys.exit(status)

@@ -310,11 +310,13 @@ EVALUATION = {
 }
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | None = None) -> dict:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), kind: str | None = None, option: str = "--set"
+) -> dict:
     """Read a YAML configuration, apply `KEY=VALUE` overrides (dotted keys), check it, fill in defaults.
 
     A file with a section `benchmark` configures an evaluation, any other file a pre-training. `kind` (`pre-training` or
-    `evaluation`) is the expected one.
+    `evaluation`) is the expected one; `option` is how the command line calls an override, for messages.
 
     Raises:
         UserError: the file is missing, not a YAML mapping, or of the other kind; a key is unknown (the message suggests
@@ -332,7 +334,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str | Non
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for override in overrides:
-        _apply(raw, override)
+        _apply(raw, override, option)
     found, table = ("evaluation", EVALUATION) if "benchmark" in raw else ("pre-training", PRETRAINING)
     if kind not in (None, found):
         has = {"evaluation": "has a section benchmark", "pre-training": "has no section benchmark"}[found]
@@ -435,14 +437,16 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(raw: dict, override: str) -> None:
+def _apply(raw: dict, override: str, option: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise UserError(f"--set {override}: expected KEY=VALUE, such as dataset.batch_size=16")
+        raise UserError(f"{option} {override}: expected KEY=VALUE, such as dataset.batch_size=16")
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+        raise UserError(f"{option} {override}: the value is not valid YAML") from None
+    if " #" in text and isinstance(value, str) and text.startswith(value):
+        value = text  # a folder's name, not a comment
     *parents, last = name.split(".")
     section = raw
     for parent in parents:  # copy each section on the way: a YAML alias may share it with another

@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.compiling import OPTIONS, compiles
-from utils.errors import STATUS, Preempted, RunFailed, UserError, lost_worker, message_of
+from utils.errors import STATUS, Preempted, RunFailed, UserError, end_log, in_one_line, lost_worker, message_of
 from utils.memory import default_device
 from utils.processes import cores
 
@@ -468,9 +468,12 @@ def _spawned(local_rank: int, plan: Processes, worker: Callable, args: tuple, me
         _run_one(plan, plan.first_rank + local_rank, local_rank, worker, args)
     except (UserError, RunFailed, Preempted) as error:
         messages.put((type(error), message_of(error)))
+        end_log(in_one_line(error))
         sys.exit(STATUS[type(error)])
     except RuntimeError as error:
         if (message := lost_worker(error)) is None:
             raise
-        messages.put((RunFailed, f"rank {plan.first_rank + local_rank}: {message}"))
+        failure = RunFailed(f"rank {plan.first_rank + local_rank}: {message}")
+        messages.put((RunFailed, str(failure)))
+        end_log(in_one_line(failure))
         sys.exit(STATUS[RunFailed])

@@ -1,6 +1,7 @@
 """Errors that end a script with a one-line message, and suggestions for misspelt names."""
 
 import difflib
+import logging
 from collections.abc import Iterable
 
 
@@ -47,6 +48,12 @@ def message_of(error: Exception) -> str:
     return text.strip().splitlines()[-1].partition(": ")[2]
 
 
+def in_one_line(error: Exception) -> str:
+    """The line with which one of our three errors ends a script."""
+    title = {UserError: "error", RunFailed: "failed", Preempted: "preempted"}[type(error)]
+    return f"{title}: {message_of(error)}"
+
+
 def lost_worker(error: BaseException | None) -> str | None:
     """PyTorch's message on a DataLoader worker that died, if `error` was caused by that; else None.
 
@@ -57,6 +64,13 @@ def lost_worker(error: BaseException | None) -> str | None:
             return " ".join(str(error).split())
         error = error.__context__
     return None
+
+
+def end_log(line: str) -> None:
+    """Write how the run ended to its log file, if one is open; the console gets the same line on stderr."""
+    for handler in logging.getLogger("avssrl").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.LogRecord("avssrl", logging.ERROR, __file__, 0, line, None, None))
 
 
 STATUS = {UserError: 2, RunFailed: 1, Preempted: 75}

@@ -45,7 +45,7 @@ def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str
         UserError: a bad key or option, or a file of the wrong kind.
     """
     cfg = load_config(args.cfg, args.set, "evaluation")
-    model_cfg = load_config(args.model_cfg, args.set_model, "pre-training")
+    model_cfg = load_config(args.model_cfg, args.set_model, "pre-training", "--set-model")
     if cfg["model"]["name"] != classifier:
         raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that use {other_script}")
     if args.checkpoint and args.random_weights:

@@ -66,23 +66,22 @@ def write_classes(
     scores = video_scores(video_logits)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     confusion.index_put_((labels, scores.argmax(1)), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
-    with (folder / f"per-class-{name}.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "videos", *ACCURACIES, "most often taken for", "times"])
-        for c, class_name in enumerate(classes):
-            own = labels == c
-            if not own.any():
-                rows.writerow([class_name, 0, "", "", "", "", "", ""])
-                continue
-            clips, each = clip_logits[own].flatten(0, 1), labels[own].repeat_interleave(clip_logits.shape[1])
-            figures = [top_share(clips, each, k) for k in (1, 5)] + [
-                top_share(scores[own], labels[own], k) for k in (1, 5)
-            ]
-            others = confusion[c].clone()
-            others[c] = 0
-            wrong, times = int(others.argmax()), int(others.max())
-            taken_for = classes[wrong] if times else ""
-            rows.writerow([class_name, int(own.sum()), *(f"{x:.2f}" for x in figures), taken_for, times])
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["class", "videos", *ACCURACIES, "most often taken for", "times"])
+    for c, class_name in enumerate(classes):
+        own = labels == c
+        if not own.any():
+            rows.writerow([class_name, 0, "", "", "", "", "", ""])
+            continue
+        clips, each = clip_logits[own].flatten(0, 1), labels[own].repeat_interleave(clip_logits.shape[1])
+        figures = [top_share(clips, each, k) for k in (1, 5)] + [top_share(scores[own], labels[own], k) for k in (1, 5)]
+        others = confusion[c].clone()
+        others[c] = 0
+        wrong, times = int(others.argmax()), int(others.max())
+        taken_for = classes[wrong] if times else ""
+        rows.writerow([class_name, int(own.sum()), *(f"{x:.2f}" for x in figures), taken_for, times])
+    write_whole(folder / f"per-class-{name}.csv", text.getvalue(), errors="surrogateescape")
     draw_confusion(confusion.numpy(), classes, folder / f"confusion-{name}.png")
 
 

@@ -60,7 +60,9 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios {ratio:g}: expected above 0 and at most 1")
     cfg = load_config(args.cfg, args.set, "evaluation")
-    model_cfgs = [load_config(model_cfg, args.set_model, "pre-training") for model_cfg in args.model_cfgs]
+    model_cfgs = [
+        load_config(model_cfg, args.set_model, "pre-training", "--set-model") for model_cfg in args.model_cfgs
+    ]
     folders = [benchmark_folder(cfg, model_cfg) for model_cfg in model_cfgs]
     if not cfg["feature_views"]:
         print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); using {VIEWS}, to compute features only once")

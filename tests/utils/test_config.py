@@ -275,3 +275,12 @@ def test_an_override_changes_no_section_that_is_an_alias_of_another(tmp_path):
 def test_both_tests_are_on_the_same_videos_in_each_fold(file, overrides, good):
     with nullcontext() if good else pytest.raises(UserError, match="test_dense.split|in braces"):
         load_config(REPO / f"configs/{file}/8at16-linear.yaml", overrides)
+
+
+def test_an_override_is_called_by_its_option_and_may_hold_a_hash(tmp_path):
+    cfg = REPO / "configs/VGGSound-N1024.yaml"
+    with pytest.raises(UserError, match="--set-model oops: expected KEY=VALUE"):
+        load_config(cfg, ["oops"], option="--set-model")
+    assert load_config(cfg, ["dataset.root=/mnt/disk #2"])["dataset"]["root"] == "/mnt/disk #2"
+    assert load_config(cfg, ["dataset.batch_size=16 # of all"])["dataset"]["batch_size"] == 16
+    assert load_config(cfg, ["dataset.root='/mnt/disk' # 2"])["dataset"]["root"] == "/mnt/disk"
