@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from criterions.memory_bank import MemoryBank
+from models import MODELS
 from models.network_blocks import StemConv
 from models.video import R2Plus1d
 from tests.tiny import REPO, needs_gpu
@@ -24,6 +25,7 @@ from utils.benchmark.forms import (
     synthetic_batch,
     with_options,
 )
+from utils.benchmark.inference import Forward, backbone_of, inference_forms
 from utils.benchmark.step import first_calls
 from utils.benchmark.tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
 from utils.config import load_config
@@ -84,6 +86,34 @@ def test_forms_on_a_cpu_leave_out_what_means_nothing_there():
     assert len(left_out) == 4 - glibc and all(": left out, " in line for line in left_out)
     bf16 = load_config(REPO / "configs/demo/xid.yaml", ["precision=bf16"])
     assert [form.precision for form in forms_of(bf16, CPU)[0]] == ["fp32"] + ["bf16"] * (3 + glibc)
+
+
+class OwnBackbone(nn.Module):
+    out_dim = 5
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 5, 3)
+
+    def forward(self, video, return_embs=False):
+        return self.conv(video).mean((2, 3, 4), keepdim=True)
+
+
+def test_a_backbone_of_ones_own_is_measured_in_its_only_form(monkeypatch):
+    monkeypatch.setitem(MODELS["video_backbone"], "Own", OwnBackbone)
+    cfg = config()
+    cfg["model"]["args"] |= {"video_backbone": "Own", "video_backbone_args": {}}
+    forms, left_out = forms_of(cfg, CPU)
+    assert [form.name for form in forms[:2]] == ["plain: float32, unfused Adam", "+ fused Adam"]
+    assert "+ convolutions and pool in 2D: left out, the backbone has one form" in left_out
+    batch = synthetic_batch(cfg, CPU)
+    assert all(Step(cfg, form, batch, CPU)().isfinite() for form in forms)
+    kind, options = backbone_of(cfg, None)
+    forms, _ = inference_forms(cfg, CPU, kind is R2Plus1d)
+    frames = batch["frames"]
+    assert [Forward(kind, form, frames, CPU)().shape[:2] for form in forms] == [(4, 5)] * len(forms)
+    with pytest.raises(UserError, match="--depth 10: OwnBackbone has no depth"):
+        backbone_of(cfg, 10)
 
 
 def test_a_row_for_each_option_of_inductor(monkeypatch):
@@ -200,7 +230,7 @@ def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsy
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     command(monkeypatch, "inference", REPO / "configs/demo/linear.yaml", *sizes, "--depth", 10, *files)
     backbone = json.loads((tmp_path / "a.json").read_text())
-    assert backbone["flops_a_step"] < report["flops_a_step"] / 2 and "R(2+1)D-10" in capsys.readouterr().out
+    assert backbone["flops_a_step"] < report["flops_a_step"] / 2 and "R2Plus1d, depth 10" in capsys.readouterr().out
 
 
 def test_bank_writes_what_it_promises(monkeypatch, tmp_path, capsys):

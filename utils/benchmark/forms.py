@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from criterions import build_criterion
 from criterions.memory_bank import MemoryBank
 from datasets.preprocessing import BatchPrep, num_spectrogram_frames
-from models import build_model
+from models import MODELS, build_model
 from models.network_blocks import (
     PointwiseConv,
     SpatialConv,
@@ -49,10 +49,12 @@ class Form:
 def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     """Return the forms that apply to this configuration here, and a line for each skipped one.
 
-    The last form is what the scripts run.
+    The last form is what the scripts run. Only R2Plus1d can also run in NCDHW memory and in 3D.
     """
     gpu, left_out = device.type == "cuda", []
-    form = Form("plain: float32, NCDHW, 3D, unfused Adam", "tf32" if gpu else "fp32")
+    in_any_form = MODELS["video_backbone"][cfg["model"]["args"]["video_backbone"]] is R2Plus1d
+    name = "plain: float32, NCDHW, 3D, unfused Adam" if in_any_form else "plain: float32, unfused Adam"
+    form = Form(name, "tf32" if gpu else "fp32", in_2d=not in_any_form)
     forms = [form]
 
     def add(meaningful: bool, why_not: str, name: str, **changes: object) -> None:
@@ -63,8 +65,8 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
 
     precision = Precision(cfg["precision"], device).name
     add(precision != form.precision, "same as in the plain form", f"+ {precision}", precision=precision)
-    add(True, "", "+ channels_last_3d, fused Adam", channels_last=True)
-    add(True, "", "+ convolutions and pool in 2D", in_2d=True)
+    add(True, "", "+ channels_last_3d, fused Adam" if in_any_form else "+ fused Adam", channels_last=True)
+    add(in_any_form, "the backbone has one form", "+ convolutions and pool in 2D", in_2d=True)
     has_bank, why = cfg["loss"]["name"] == "xID", "the device is a CPU" if not gpu else "this loss draws none"
     add(has_bank and gpu, why, "+ negatives drawn on the device", device_negatives=True)
     forms[-1] = replace(forms[-1], device_negatives=True)
