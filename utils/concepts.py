@@ -173,14 +173,19 @@ def draw_concepts(rows: Sequence[Mapping], file: str | Path | None = None) -> ob
     names = tell_apart(benchmarks)
     methods = sorted({row["method"] for row in rows} - {RANDOM})
     colours = {method: f"C{i}" for i, method in enumerate(methods)} | {RANDOM: "0.45"}
-    figure = Figure(figsize=(13, 4.1 * len(benchmarks)), layout="constrained")
+    figure = Figure(figsize=(10.8, 4.1 * len(benchmarks) + 0.9), layout="constrained")
     axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False)
     for line, benchmark in zip(axes, benchmarks, strict=True):
         own = [row for row in rows if (row["dataset"], row["benchmark"]) == benchmark]
+        sizes = ", ".join(f"{row['classes']} {row['part']}" for row in {row["part"]: row for row in own}.values())
         for axis, (figure_name, title) in zip(line, SHOWN.items(), strict=True):
             _draw_lines(axis, own, figure_name, colours)
-            axis.set(title=f"{names[benchmark]}, {title}", ylabel=f"{figure_name}, percent")
-        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, handlelength=3.5)
+            axis.set(title=f"{names[benchmark]}, {title} ({sizes} classes)", ylabel=f"{figure_name}, percent")
+    labelled = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=4, fontsize=8, handlelength=3.5)
     if file is not None:
         save_picture(figure, file)
     return figure
@@ -193,8 +198,9 @@ def _draw_lines(axis: object, rows: Sequence[Mapping], figure: str, colours: Map
             points = sorted((r for r in rows if (r["method"], r["part"]) == (method, part)), key=lambda r: r["ratio"])
             if points:
                 x, mean, std = ([p[name] for p in points] for name in ("ratio", f"{figure} mean", f"{figure} std"))
-                label = f"{method}, {part} ({points[0]['classes']} classes)"
-                axis.errorbar(x, mean, std, color=colour, linestyle=style, marker="o", ms=4, capsize=3, label=label)
+                axis.errorbar(
+                    x, mean, std, color=colour, linestyle=style, marker="o", ms=4, capsize=3, label=f"{method}, {part}"
+                )
     for part, style in PARTS.items():
         classes = [row["classes"] for row in rows if row["part"] == part]
         chance = 100 * min(1, int(figure.rpartition("@")[2]) / classes[0])

@@ -134,7 +134,7 @@ def test_benchmarks_and_modes_of_bn_are_told_apart(tmp_path):
     table = concepts.concepts_table(rows)
     assert "ucf101 (b), xid, unseen" in table and "ucf101 (c), xid encoder_bn: train, unseen" in table
     assert {axes.get_title() for axes in concepts.draw_concepts(rows).axes} == {
-        f"ucf101 ({name}), {title}" for name in "bc" for title in ("top-1", "top-5")
+        f"ucf101 ({name}), {title} (3 seen, 2 unseen classes)" for name in "bc" for title in ("top-1", "top-5")
     }
 
 
