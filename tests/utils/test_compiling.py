@@ -1,6 +1,8 @@
 """Compiled is eager, forward and backward; a machine that cannot compile says so."""
 
 import copy
+import logging.handlers
+import queue
 
 import pytest
 import torch
@@ -240,6 +242,29 @@ def test_gloo_between_gpus_is_no_place_to_compile(tmp_path, caplog):
         dist.destroy_process_group()
         compiling.obstacle.cache_clear()
     assert "going on without: gloo's gather" in caplog.text
+
+
+def _rank_that_may_have_no_compiler(own_rank, file):
+    """Rank 1's machine has no compiler; rank 0's log is what the user sees."""
+
+    def compile(function):
+        if own_rank == 1:
+            raise OSError("no space left on device")
+        return function
+
+    lines = logging.handlers.QueueHandler(queue.SimpleQueue())
+    logging.getLogger("avssrl").addHandler(lines)
+    torch.compile = compile
+    dist.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=2)
+    assert compiles(False, CPU) is False and compiles(True, CPU) is False
+    assert "going on without: rank 1: OSError: no space left on device" in lines.queue.get_nowait().getMessage()
+    if own_rank == 0:
+        assert compiles(True, CPU) is False  # settled: no rank has to answer again
+    dist.destroy_process_group()
+
+
+def test_a_rank_that_cannot_compile_keeps_all_from_it(run_ranks, tmp_path):
+    run_ranks(_rank_that_may_have_no_compiler, 2, str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize("arch", ["av_wrapper", "vicreg_wrapper", "vicreg_v_wrapper"])
