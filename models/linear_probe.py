@@ -1,5 +1,6 @@
 """Linear classifiers at several learning rates, trained side by side on the same frozen features."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,9 @@ from utils.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 class LinearProbe:
-    """One `MOSTWrapper` and optimizer per learning rate (`base_lr`, `other_lrs`), all with the same initial weights.
+    """One `MOSTWrapper` and optimizer per learning rate (`base_lr`, `other_lrs`), each trained as it would be alone.
+
+    All have the same initial weights and in each step the same dropout, drawn from PyTorch's global stream.
 
     Args:
         cfg: configuration of an evaluation.
@@ -41,14 +44,20 @@ class LinearProbe:
         """
         losses = {}
         for rate, head in self.heads.items():
-            head.train()
-            by_feature = {name: F.cross_entropy(x, labels) for name, x in head(features).items()}
+            with self._stream_of(rate):
+                by_feature = {name: F.cross_entropy(x, labels) for name, x in head.train()(features).items()}
             set_learning_rate(self.optimizers[rate], learning_rate(self.recipes[rate], epoch, progress))
             self.optimizers[rate].zero_grad()
             sum(by_feature.values()).backward()
             self.optimizers[rate].step()
             losses |= {f"loss {name} {rate:g}": loss.detach() for name, loss in by_feature.items()}
         return losses
+
+    def _stream_of(self, rate: float) -> contextlib.AbstractContextManager:
+        """The context of a head's dropout: all draw from the same place of the stream, which only the last advances."""
+        if rate == list(self.heads)[-1]:
+            return contextlib.nullcontext()
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def state_dict(self) -> dict:
         """Return plain data for a checkpoint."""

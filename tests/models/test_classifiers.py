@@ -95,9 +95,9 @@ def test_dropout_of_a_batch_hangs_on_its_key_alone(backbone):
     assert torch.equal(without.draw_dropout(3, (0,)), torch.ones(3, 512))
 
 
-def linear_probe(**args):
-    lr = {"name": "multistep", "base_lr": 0.1, "gamma": 0.5, "milestones": [1], "warmup_epochs": 0}
-    optimizer = {"name": "sgd", "weight_decay": 0.0, "betas": [0.0, 0.9], "lr": lr, "other_lrs": [0.1, 0.03]}
+def linear_probe(base_lr=0.1, other_lrs=(0.1, 0.03), **args):
+    lr = {"name": "multistep", "base_lr": base_lr, "gamma": 0.5, "milestones": [1], "warmup_epochs": 0}
+    optimizer = {"name": "sgd", "weight_decay": 0.0, "betas": [0.0, 0.9], "lr": lr, "other_lrs": other_lrs}
     args = {"feat_dims": [8], "use_bn": [False], "l2_norm": [False], "use_dropout": False, "dropout": 0.5} | args
     cfg = {"seed": 3, "optimizer": optimizer, "model": {"args": args}}
     return LinearProbe(cfg, ["pool"], 3, torch.device("cpu"))
@@ -126,3 +126,21 @@ def test_a_linear_probe_drops_features_in_training_alone():
     for rate, logits in found.items():
         torch.testing.assert_close(logits["pool"], fresh.view(3, 2, 3).detach())
         assert losses[f"loss pool {rate:g}"] != pytest.approx(F.cross_entropy(fresh, labels).item(), rel=1e-3)
+
+
+def test_other_rates_change_nothing_in_a_rate_s_result_with_dropout():
+    features, labels = torch.randn(4, 6, 8), torch.arange(6) % 3
+
+    def trained(base_lr, *other_lrs):
+        probe = linear_probe(base_lr, other_lrs, use_dropout=True)
+        torch.manual_seed(7)
+        losses = [probe.step({"pool": x}, labels, 0, 0.0) for x in features]
+        return probe.heads, losses
+
+    together, losses = trained(0.1, 0.03, 0.3)
+    for rate in (0.1, 0.03, 0.3):
+        alone, own_losses = trained(rate)
+        name = f"loss pool {rate:g}"
+        assert [step[name] for step in losses] == [step[name] for step in own_losses]
+        for found, expected in zip(together[rate].parameters(), alone[rate].parameters(), strict=True):
+            assert torch.equal(found, expected)
