@@ -8,7 +8,7 @@ from criterions import build_criterion
 from models import build_model
 from utils.distributed import all_reduce_sum, gather, gather_objects, gather_with_grad, rank, world_size, wrap
 from utils.optim import build_optimizer
-from utils.sync_bn import convert_head_sync_bn
+from utils.sync_bn import convert_head_sync_bn, synchronise_bn
 
 STEPS, BATCH, INSTANCES = 5, 8, 20
 MODEL = {
@@ -56,9 +56,32 @@ def train(hard_negatives, proj_norm):
     return losses, model.state_dict(), criterion.state_dict()
 
 
-def train_as_one_of_two(own_rank, file, hard_negatives, proj_norm, answer):
+def train_vicreg():
+    """Five steps in float64 (in float32 Adam's first steps amplify rounding), with BN in training mode."""
+    torch.manual_seed(0)
+    args = {key: value for key, value in MODEL["args"].items() if key != "proj_dim"}
+    model = build_model({"arch": "vicreg_wrapper", "args": {**args, "exp_dim": [32, 32, 16]}}).double()
+    model = synchronise_bn(model, torch.device("cpu"), False).train()
+    criterion = build_criterion({"name": "VICLoss"})
+    optimizer = build_optimizer(OPTIMIZER, model)
+    net = wrap(model, False, torch.device("cpu"))
+    data = torch.Generator().manual_seed(1)
+    share, losses = BATCH // world_size(), []
+    for _ in range(STEPS):
+        video = torch.randn(BATCH, 3, 4, 32, 32, generator=data, dtype=torch.float64)
+        audio = torch.randn(BATCH, 1, 16, 16, generator=data, dtype=torch.float64)
+        own = slice(rank() * share, (rank() + 1) * share)
+        value = criterion(*net(video[own], audio[own]))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(all_reduce_sum(value).item() / world_size())
+    return losses, model.state_dict()
+
+
+def train_as_one_of_two(own_rank, file, answer, training, *args):
     start(own_rank, 2, file)
-    result = train(hard_negatives, proj_norm)
+    result = training(*args)
     if own_rank == 0:
         torch.save(result, answer)
     dist.destroy_process_group()
@@ -67,7 +90,7 @@ def train_as_one_of_two(own_rank, file, hard_negatives, proj_norm, answer):
 @pytest.mark.parametrize(("hard_negatives", "proj_norm"), [(None, None), (6, None), (None, "bn")])
 def test_two_processes_train_as_one(tmp_path, run_ranks, hard_negatives, proj_norm):
     answer = tmp_path / "answer.pt"
-    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", hard_negatives, proj_norm, answer)
+    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", answer, train, hard_negatives, proj_norm)
     losses, weights, bank = torch.load(answer)
     one_losses, one_weights, one_bank = train(hard_negatives, proj_norm)
     assert len(set(one_losses)) == STEPS
@@ -76,6 +99,17 @@ def test_two_processes_train_as_one(tmp_path, run_ranks, hard_negatives, proj_no
         assert two.keys() == one.keys()
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_vicreg_s_bn_is_that_of_the_whole_batch(tmp_path, run_ranks):
+    answer = tmp_path / "answer.pt"
+    run_ranks(train_as_one_of_two, 2, tmp_path / "meet", answer, train_vicreg)
+    losses, weights = torch.load(answer)
+    one_losses, one_weights = train_vicreg()
+    torch.testing.assert_close(losses, one_losses, atol=1e-6, rtol=0)
+    assert weights.keys() == one_weights.keys()
+    for name in one_weights:  # BN's running statistics, too
+        torch.testing.assert_close(weights[name], one_weights[name], atol=1e-6, rtol=0)
 
 
 def use_helpers(own_rank, file):

@@ -1,6 +1,5 @@
 """Synchronised BN on any device: PyTorch's SyncBatchNorm needs GPUs and a sample on every rank."""
 
-import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets.video_dataset import EpochBatches
-
-log = logging.getLogger("avssrl")
 
 
 class _Normalise(torch.autograd.Function):
@@ -111,17 +108,16 @@ class SyncBN(_BatchNorm):
 
 
 def synchronise_bn(model: nn.Module, device: torch.device, compiled: bool | None) -> nn.Module:
-    """Compute BN statistics over all processes, on GPUs only; on CPUs a warning reports that they are not.
+    """Compute BN statistics over all processes; a single process keeps its BN.
 
-    PyTorch's SyncBatchNorm has its own kernels, at each of which torch.compile breaks its graph: a model to be compiled
-    (for `compiled` see `compiles`) gets `SyncBN` instead.
+    PyTorch's SyncBatchNorm needs GPUs, and has its own kernels, at each of which torch.compile breaks its graph: on a
+    CPU, and in a model to be compiled (for `compiled` see `compiles`), BN becomes `SyncBN` instead.
     """
     if world_size() == 1:
         return model
-    if device.type != "cuda":
-        log.warning("BN is not synchronised: PyTorch's SyncBatchNorm needs GPUs; each process uses its own statistics")
-        return model
-    return convert_sync_bn(model) if compiles(compiled, device) else nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if device.type == "cuda" and not compiles(compiled, device):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return convert_sync_bn(model)
 
 
 def convert_sync_bn(model: nn.Module) -> nn.Module:

@@ -73,6 +73,13 @@ def test_a_compiled_model_gets_the_bn_that_compiles(monkeypatch, compiled, kind)
     assert net.state_dict().keys() == network().state_dict().keys()
 
 
+def test_a_cpu_s_ranks_get_a_bn_that_runs_there(monkeypatch):
+    assert type(synchronise_bn(network(), torch.device("cpu"), False)[1]) is nn.BatchNorm3d  # one process
+    monkeypatch.setattr(sync_bn, "world_size", lambda: 2)
+    net = synchronise_bn(network(), torch.device("cpu"), False)
+    assert [type(net[1]), type(net[3])] == [SyncBN, SyncBN]
+
+
 @pytest.mark.parametrize("value", [0.0, 30.1, 300.3])
 def test_a_channel_that_is_constant_has_no_variance_below_0(value):
     """Black frames make such channels; float32 squares of 30.1 are less than the square of their mean."""
