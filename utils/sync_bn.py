@@ -18,40 +18,49 @@ if TYPE_CHECKING:
 class _Normalise(torch.autograd.Function):
     """BN (Ioffe and Szegedy 2015, algorithm 1) with the mean and variance of the counted samples of all ranks.
 
+    If no sample counts, they are those of `running`. Also returns them, and the number of values counted in a channel.
     `x` is the only tensor of its size kept for the backward pass. The communication is one gather forward and one sum
     backward, which torch.compile includes in its graph. On a CPU channel sums are float64, to hide their order.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, counted: Tensor, eps: float
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        counted: Tensor,
+        running: tuple[Tensor, Tensor],
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own_mean, own_var = _moments(x)
         own_count = counted.to(own_mean.dtype) * (x.numel() // x.shape[1])
         shares = gather(torch.stack([own_mean, own_var, own_count.expand_as(own_mean)])[None])  # (W, 3, C)
         means, variances, counts = shares.unbind(1)
-        count = counts.sum(0)
-        mean = (counts * means).sum(0) / count
+        found = counts.sum(0)
+        count = found.clamp_min(1)
+        mean = torch.where(found > 0, (counts * means).sum(0) / count, running[0])
         var = (counts * (variances + (means - mean).square())).sum(0) / count
+        var = torch.where(found > 0, var, running[1])
         rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, counted, mean, rstd, count)
-        ctx.mark_non_differentiable(mean, var, count)
+        ctx.mark_non_differentiable(mean, var, found)
         scale = rstd * weight  # not (x - mean) * scale: torch.compile would save x - mean in float32 for the backward
         y = _wide(x) * _channels(scale, x) + _channels(bias - mean * scale, x)
         # a no-op cast would lose all gradients under torch.compile in PyTorch 2.11
-        return y if y.dtype == x.dtype else y.to(x.dtype), mean, var, count
+        return y if y.dtype == x.dtype else y.to(x.dtype), mean, var, found
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, counted, mean, rstd, count = ctx.saved_tensors
         d_y, centred = _wide(d_y), _wide(x) - _channels(mean, x)
         sums = torch.stack([_sum(d_y, mean.dtype), _sum(d_y * centred, mean.dtype)])
         d_mean, d_var = all_reduce_sum(sums) * counted / count
         d_x = (d_y - _channels(d_mean, x) - centred * _channels(d_var * rstd.square(), x)) * _channels(rstd * weight, x)
         d_weight, d_bias = (values.to(weight.dtype) for values in (sums[1] * rstd, sums[0]))
-        return d_x.to(x.dtype), d_weight, d_bias, None, None
+        return d_x.to(x.dtype), d_weight, d_bias, None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -82,7 +91,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class SyncBN(_BatchNorm):
     """BN of (N, C, ...) that in training uses the mean and variance of the batches of all ranks together.
 
-    A rank excluded by `count_rank` does not contribute: it has no sample of this batch and passes a dummy.
+    A rank excluded by `count_rank` does not contribute: it has no sample of this batch and passes a dummy. If that is
+    so on all ranks, the running statistics are used, and left as they are.
     """
 
     def __init__(self, num_features: int, eps: float, momentum: float, affine: bool) -> None:
@@ -98,10 +108,11 @@ class SyncBN(_BatchNorm):
             return super().forward(input)
         weight = self.weight if self.affine else torch.ones_like(self.running_mean)
         bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
-        y, mean, var, count = _Normalise.apply(input, weight, bias, self.counted, self.eps)
+        running = self.running_mean, self.running_var
+        y, mean, var, count = _Normalise.apply(input, weight, bias, self.counted, running, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            unbiased = var * count / (count - 1).clamp_min(1)
+            self.num_batches_tracked += count.any()
+            unbiased = var * count.clamp_min(1) / (count - 1).clamp_min(1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return y

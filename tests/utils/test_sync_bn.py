@@ -80,6 +80,19 @@ def test_a_cpu_s_ranks_get_a_bn_that_runs_there(monkeypatch):
     assert [type(net[1]), type(net[3])] == [SyncBN, SyncBN]
 
 
+def test_a_batch_without_a_sample_leaves_the_statistics_alone():
+    """No clip of a batch can be read: every rank passes a dummy."""
+    net = convert_sync_bn(network())
+    net(torch.randn(5, 3, 2, 4, 4))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    count_rank(net, False)
+    found = net(torch.full((1, 3, 2, 4, 4), 9.0))
+    (0 * found.sum()).backward()
+    assert found.isfinite().all() and all(torch.equal(p.grad, torch.zeros_like(p)) for p in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(found, net.eval()(torch.full((1, 3, 2, 4, 4), 9.0)))
+
+
 @pytest.mark.parametrize("value", [0.0, 30.1, 300.3])
 def test_a_channel_that_is_constant_has_no_variance_below_0(value):
     """Black frames make such channels; float32 squares of 30.1 are less than the square of their mean."""
