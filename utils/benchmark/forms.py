@@ -26,7 +26,7 @@ from utils.distributed import wrap
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
-from utils.precision import Precision
+from utils.precision import Precision, multiplies_in_tf32
 from utils.sync_bn import convert_head_sync_bn, synchronise_bn
 
 INSTANCES = 50_000  # rows of the bank if the YAML gives no number
@@ -54,7 +54,7 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     gpu, left_out = device.type == "cuda", []
     in_any_form = MODELS["video_backbone"][cfg["model"]["args"]["video_backbone"]] is R2Plus1d
     name = "plain: float32, NCDHW, 3D, unfused Adam" if in_any_form else "plain: float32, unfused Adam"
-    form = Form(name, "tf32" if gpu else "fp32", in_2d=not in_any_form)
+    form = Form(name, "tf32" if multiplies_in_tf32(device) else "fp32", in_2d=not in_any_form)
     forms = [form]
 
     def add(meaningful: bool, why_not: str, name: str, **changes: object) -> None:

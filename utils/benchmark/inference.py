@@ -20,7 +20,7 @@ from utils.cli import at_least
 from utils.compiling import compiles
 from utils.errors import UserError
 from utils.memory import default_device, keep_freed_memory
-from utils.precision import Precision
+from utils.precision import Precision, multiplies_in_tf32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,10 @@ def backbone_of(cfg: dict, depth: int | None) -> tuple[type[nn.Module], dict]:
 def inference_forms(cfg: dict, device: torch.device, in_any_form: bool) -> tuple[list[Form], list[str]]:
     """Return the forms that apply here, and a line for each skipped one. Only R2Plus1d can run `in_any_form`."""
     gpu, precision = device.type == "cuda", Precision(cfg["precision"], device).name
-    plain = Form("plain: float32, NCDHW, 3D" if in_any_form else "plain: float32", "tf32" if gpu else "fp32")
+    plain = Form(
+        "plain: float32, NCDHW, 3D" if in_any_form else "plain: float32",
+        "tf32" if multiplies_in_tf32(device) else "fp32",
+    )
     forms, left_out = [replace(plain, channels_last=not in_any_form, in_2d=not in_any_form)], []
     if precision != forms[0].precision:
         forms.append(replace(forms[0], name=f"+ {precision}", precision=precision))
