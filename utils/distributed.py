@@ -271,11 +271,7 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if options.gpu is not None and (many or torchrun or slurm):
         raise UserError(f"--gpu {options.gpu}: selects a single GPU; omit it in a run of several processes")
     if torchrun:
-        if nodes not in (None, 1, int(env["WORLD_SIZE"])):
-            raise UserError(f"--world-size {nodes}: torchrun started {env['WORLD_SIZE']} processes; omit it")
-        world, own_rank, local_rank = (int(env[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-        here = int(env.get("LOCAL_WORLD_SIZE", 1))
-        return Processes(world, own_rank, None, here, local_rank, "env://", backend)
+        return _plan_torchrun(options, gpus, backend)
     if options.nproc is not None and not options.distributed:
         raise UserError(f"--nproc {options.nproc}: is for several processes; add --distributed")
     if slurm:
@@ -285,6 +281,7 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
         if task.here > 1 and options.nproc is not None:
             raise UserError(f"--nproc {options.nproc}: Slurm started {task.here} processes here; omit it")
         if task.here > 1 or not options.distributed:
+            _check_gpus("Slurm", task.here, gpus, backend)
             return task
         local = _processes_here(options.nproc, gpus, backend)
         return Processes(task.world_size * local, task.first_rank * local, local, local, 0, task.url, backend)
@@ -316,6 +313,27 @@ def _processes_here(nproc: int | None, gpus: int, backend: str) -> int:
     return local
 
 
+def _plan_torchrun(options: argparse.Namespace, gpus: int, backend: str) -> Processes:
+    world, own_rank, local_rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if options.world_size not in (None, 1, world):
+        raise UserError(f"--world-size {options.world_size}: torchrun started {world} processes; omit it")
+    for name, value in (("nproc", options.nproc), ("rank", options.rank), ("dist-url", options.dist_url)):
+        if value is not None:
+            raise UserError(f"--{name} {value}: torchrun sets the processes, their ranks and address; omit it")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _check_gpus("torchrun", here, gpus, backend)
+    return Processes(world, own_rank, None, here, local_rank, "env://", backend)
+
+
+def _check_gpus(launcher: str, here: int, gpus: int, backend: str) -> None:
+    """UserError if two of this node's processes would share a GPU. (One visible GPU may be each process' own.)"""
+    if backend == "nccl" and 1 < gpus < here:
+        raise UserError(
+            f"{launcher} started {here} processes on this node, but {gpus} GPUs are visible and nccl takes one process "
+            f"a GPU; start {gpus}, or use --dist-backend gloo"
+        )
+
+
 def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
     env = os.environ
     if url is None:
@@ -335,11 +353,12 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of a Slurm list: `gpu[003-007,012],cpu1` is gpu003."""
-    match = re.match(r"([^\[,]+)(?:\[([^-,\]]+)[^\]]*\]([^,\[]*))?", nodelist)
-    if not match:
+    """The first host of a Slurm list: `gpu[003-007,012],cpu1` is gpu003, `rack[1-2]n[3-4]` is rack1n3."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)[0]  # up to a comma outside brackets
+    host = re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", first)
+    if not host:
         raise UserError(f"SLURM_STEP_NODELIST={nodelist!r}: names no host; give --dist-url tcp://HOST:PORT")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return host
 
 
 def _free_port() -> int:

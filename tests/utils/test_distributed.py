@@ -71,8 +71,31 @@ def test_torchrun(monkeypatch):
     assert (plan.local_rank, plan.url) == (1, "env://")
     with pytest.raises(UserError, match="torchrun started 8"):
         plan_processes(options("--world-size", "2"))
-    with pytest.raises(UserError, match="--gpu 0"):
-        plan_processes(options("--gpu", "0"))
+    for words in (("--gpu", "0"), ("--nproc", "4"), ("--rank", "0"), ("--dist-url", "tcp://a:1")):
+        for more in ((), ("--distributed",), ("--world-size", "8")):
+            with pytest.raises(UserError, match=" ".join(words)):
+                plan_processes(options(*words, *more))
+    assert plan_processes(options("--distributed", "--world-size", "8")) == plan
+
+
+def test_a_launcher_that_starts_more_processes_than_gpus(monkeypatch):
+    def on_gpus(count, *words):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        return plan_processes(options(*words)).here
+
+    def check(launcher):
+        with pytest.raises(UserError, match=f"{launcher} started 4 processes on this node, but 2 GPUs are visible"):
+            on_gpus(2)
+        assert on_gpus(2, "--dist-backend", "gloo") == on_gpus(4) == on_gpus(0) == 4
+        assert on_gpus(1) == 4  # each process sees its own alone
+
+    with monkeypatch.context() as torchrun:
+        for name, value in zip(LAUNCHERS, ("5", "8", "1", "host", "1", "4"), strict=True):
+            torchrun.setenv(name, value)
+        check("torchrun")
+    for name, value in zip((*SLURM, *SLURM_NODE), ("5", "1", "8", "gpu[1-2]", "1", "4(x2)", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    check("Slurm")
 
 
 def test_slurm(monkeypatch):
@@ -98,10 +121,16 @@ def test_slurm(monkeypatch):
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("node1", "node1"), ("a[3-5]", "a3"), ("a[003,7],b2", "a003"), ("a,b[1-2]", "a"), ("r[1-2]x", "r1x")],
+    [("node1", "node1"), ("a[3-5]", "a3"), ("a[003,7],b2", "a003"), ("a,b[1-2]", "a"), ("r[1-2]x", "r1x")]
+    + [("rack[1-2]n[3-4]", "rack1n3"), ("r[01,3]n[4-6,9]-ib,x[1-2]", "r01n4-ib"), ("a[2-3]b,c[1-2]", "a2b")],
 )
 def test_first_host_of_a_slurm_list(nodes, host):
     assert _first_host(nodes) == host
+
+
+def test_a_slurm_list_without_a_host():
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST='': names no host"):
+        _first_host("")
 
 
 @pytest.mark.parametrize(
