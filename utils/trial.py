@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed import any_rank, world_size
+from utils.errors import lost_worker
 from utils.logger import duration, log
 
 try:
@@ -26,13 +27,16 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """Call something compiled; return its result and None, or None and the reason for its failure in one line.
 
     Raises:
-        torch.OutOfMemoryError: not counted as a failure of the compiler.
+        torch.OutOfMemoryError: not counted as a failure of the compiler, and neither is a DataLoader worker's death,
+            which PyTorch raises wherever the main process happens to be.
     """
     try:
         return call(), None
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
+        if lost_worker(error):
+            raise
         return None, _in_one_line(error)
 
 

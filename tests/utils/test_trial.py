@@ -142,6 +142,19 @@ def test_too_little_memory_is_not_the_compilers_doing():
         tried(Hungry())
 
 
+def test_a_killed_data_worker_is_not_the_compilers_doing():
+    """PyTorch's signal handler raises it wherever the main process happens to be."""
+
+    def call():
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        except RuntimeError as error:
+            raise AssertionError("the compiler was interrupted") from error
+
+    with pytest.raises(AssertionError, match="interrupted"):
+        attempt(call)
+
+
 def _rank(own_rank, file):
     """Rank 1's alone fails; then two steps, as in a script."""
     dist.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=2)
