@@ -134,7 +134,10 @@ class MemoryBank(nn.Module):
         for bank, emb in (("video", video_emb), ("audio", audio_emb)):
             rows = self.rows(bank)
             old = rows[place].to(torch.promote_types(rows.dtype, torch.float32))
-            new = (same @ gather(emb).double() / same.sum(dim=1, keepdim=True)).to(old.dtype)
+            fresh = gather(emb).double()
+            broken = ~fresh.isfinite().all(dim=1, keepdim=True)  # left in the product, its 0 * nan would reach all rows
+            new = (same @ fresh.masked_fill(broken, 0) / same.sum(dim=1, keepdim=True)).to(old.dtype)
+            new = new.masked_fill(same @ broken.double() > 0, torch.nan)
             mixed = F.normalize(momentum * old + (1 - momentum) * new, dim=1)
             good = mixed.isfinite().all(dim=1, keepdim=True) & mixed.any(dim=1, keepdim=True) & owned[:, None]
             rows.index_copy_(0, place[writer], torch.where(good, mixed, old)[writer].to(rows.dtype))

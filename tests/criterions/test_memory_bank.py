@@ -177,3 +177,17 @@ def test_state_dict_goes_on_with_the_same_draws(tmp_path):
 def test_state_dict_of_another_shape_is_refused():
     with pytest.raises(RuntimeError, match="view1_mem"):
         MemoryBank(10, 4).load_state_dict(MemoryBank(11, 4).state_dict())
+
+
+def test_an_embedding_that_is_not_finite_leaves_its_own_row_alone_and_no_other():
+    """Also if the same instance is in the batch a second time."""
+    index, video, audio = torch.tensor([3, 1, 4, 1]), unit(4, 8, seed=1), unit(4, 8, seed=2)
+    bank, expected = MemoryBank(6, 8), MemoryBank(6, 8)
+    before = bank.view1_mem.clone()
+    expected.update(index, video, audio, 0.5)
+    video[1, 2] = torch.nan
+    bank.update(index, video, audio, 0.5)
+    others = torch.tensor([0, 2, 3, 4, 5])
+    assert torch.equal(bank.view1_mem[others], expected.view1_mem[others])
+    assert torch.equal(bank.view1_mem[1], before[1])
+    assert torch.equal(bank.view2_mem, expected.view2_mem)
