@@ -22,9 +22,9 @@ class VICLoss(nn.Module):
     autocast; float64 stays float64.
 
     Each call sets `stats`, 0-dim tensors on the device: the terms `sim`, `std`, `cov` without coefficients; for the
-    rank's batch `pos_cos` and `neg_cos` (mean cosine of x with its own y and with the others'; alike until something is
-    learned), `video_spread` and `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere), `video_dims` and
-    `audio_dims` (number of directions used).
+    batch over all ranks `pos_cos` and `neg_cos` (mean cosine of x with its own y and with the others'; alike until
+    something is learned), `video_spread` and `audio_spread` of x and y (0 collapsed, 1 uniform on the sphere),
+    `video_dims` and `audio_dims` (number of directions used).
 
     While nothing is learned yet, cov_coeff's weight beside sim_coeff's grows with D (notebooks/xid-on-grid.md).
     """
@@ -53,10 +53,11 @@ class VICLoss(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, y = x.to(dtype), y.to(dtype)
-            std_x, cov_x = _variance_and_covariance_terms(gather_with_grad(x))
-            std_y, cov_y = _variance_and_covariance_terms(gather_with_grad(y))
+            all_x, all_y = gather_with_grad(x), gather_with_grad(y)
+            std_x, cov_x = _variance_and_covariance_terms(all_x)
+            std_y, cov_y = _variance_and_covariance_terms(all_y)
             sim, std, cov = F.mse_loss(x, y), (std_x + std_y) / 2, cov_x + cov_y
-            self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(x, y)}
+            self.stats = {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach(), **_measure(all_x, all_y)}
             return self.sim_coeff * sim + self.std_coeff * std + self.cov_coeff * cov
 
 
@@ -79,6 +80,7 @@ def _variance_and_covariance_terms(z: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def _measure(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean cosines, spread and effective dimensions of the embeddings x and y (N, D), named as in `stats`."""
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     n, positive = len(x), (x * y).sum(dim=1).mean()
     negative = ((x.sum(dim=0) * y.sum(dim=0)).sum() - n * positive) / (n * max(1, n - 1))

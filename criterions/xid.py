@@ -29,9 +29,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
     embeddings. Computed in float32 regardless of autocast; float64 stays float64.
 
     Each call sets `stats`, 0-dim tensors on the device: `pos_cos` and `neg_cos`, the mean cosine of queries with
-    positive and with random negative rows (both directions); for the rank's batch `video_spread` and `audio_spread` (0
-    collapsed, 1 uniform on the sphere), `video_dims` and `audio_dims` (number of directions used); and `q`. Without
-    random negatives `neg_cos` is the mean over the live ones.
+    positive and with random negative rows (both directions); for the batch over all ranks `video_spread` and
+    `audio_spread` (0 collapsed, 1 uniform on the sphere), `video_dims` and `audio_dims` (number of directions used);
+    and `q`. Without random negatives `neg_cos` is the mean over the live ones.
 
     Args:
         num_instances: rows of the bank, one per training video.
@@ -147,7 +147,7 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
             a2v = self._bank_cosines(audio, index, own["video"], negatives, "video", epoch)
             if self.live_targets:
                 v2a, a2v = _with_live(video, audio, index, v2a[1]), _with_live(audio, video, index, a2v[1])
-            self.stats = _measure(v2a, a2v) | spread_and_dims(video, audio)
+            self.stats = _measure(v2a, a2v) | spread_and_dims(gather(video), gather(audio))
             self.stats["q"] = video.new_full((), q, dtype=torch.float64)
             if self.training:
                 bank.update(index, video, audio, self.momentum)

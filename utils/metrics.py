@@ -30,21 +30,22 @@ class Averages:
     def read(self) -> dict[str, float]:
         """Return the means since the last call, over all ranks, and reset. Every rank must call it.
 
-        Empty if nothing was added, or all was taken back. A NaN spread (of a single clip) is ignored.
+        Empty if nothing was added, or all was taken back. A NaN spread (of a single clip) is ignored, and left out if
+        there is no other.
         """
         if not self._values:
             return {}
         values, self._values = torch.stack(self._values), []
         spreads = torch.tensor([name.endswith("_spread") for name in self._names], device=values.device)
         silent = values.isnan() & spreads
-        total, count = all_reduce_sum(torch.stack([values.masked_fill(silent, 0).sum(0), (~silent).double().sum(0)]))
-        return dict(zip(self._names, (total / count).tolist(), strict=True))
+        sums = all_reduce_sum(torch.stack([values.masked_fill(silent, 0).sum(0), (~silent).double().sum(0)]))
+        return {name: total / n for name, total, n in zip(self._names, *sums.tolist(), strict=True) if n}
 
 
 def collapse_warning(figures: Mapping[str, float]) -> str | None:
     """A warning if the embeddings have collapsed, which a falling loss does not show; else None.
 
-    Also None if a custom criterion does not measure the figures that it needs.
+    Also None if the figures that it needs are not there: a custom criterion, or batches of one clip.
     """
     if not figures.keys() >= {"video_spread", "audio_spread", "pos_cos", "neg_cos"}:
         return None

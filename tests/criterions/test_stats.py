@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from criterions import VICLoss, xID
 from criterions.stats import effective_dims, spread
+from utils.distributed import rank, world_size
+from utils.metrics import Averages, collapse_warning
 
 
 def rows(*shape):
@@ -37,3 +41,36 @@ def test_the_spread_of_random_rows_is_1_in_small_batches_too(n):
 def test_a_point_has_none():
     assert effective_dims(torch.full((8, 4), 0.5)).item() == 0
     assert effective_dims(torch.ones(1, 4) / 2).item() == 0
+
+
+def figures_of(collapsed):
+    """What xID and VICReg measure on two clips of different videos, over all ranks."""
+    video, audio = F.normalize(rows(2, 16), dim=1), F.normalize(rows(2, 16).flip(1), dim=1)
+    if collapsed:
+        video, audio = video[:1].expand(2, 16), audio[:1].expand(2, 16)
+    share = 2 // world_size()
+    own, figures = slice(rank() * share, (rank() + 1) * share), {}
+    criterions = {"xid": xID(8, 16, num_negatives=4).double(), "vicreg": VICLoss()}
+    for name, criterion in criterions.items():
+        more = (torch.tensor([5, 2])[own],) if name == "xid" else ()
+        averages = Averages()
+        criterion(video[own], audio[own], *more)
+        averages.add(criterion.stats)
+        figures[name] = averages.read()
+    return figures
+
+
+def _rank_with_one_clip(own_rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=own_rank, world_size=2)
+    found = {collapsed: figures_of(collapsed) for collapsed in (False, True)}
+    torch.save(found, f"{folder}/found{own_rank}")
+    dist.destroy_process_group()
+
+
+def test_ranks_of_one_clip_each_measure_what_one_process_does(run_ranks, tmp_path):
+    run_ranks(_rank_with_one_clip, 2, str(tmp_path))
+    for own_rank, collapsed in ((0, False), (0, True), (1, True)):
+        found, expected = torch.load(tmp_path / f"found{own_rank}")[collapsed], figures_of(collapsed)
+        for name in ("xid", "vicreg"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-12)
+            assert ("their spread is 0.00" in (collapse_warning(found[name]) or "")) == collapsed
