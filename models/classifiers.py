@@ -122,10 +122,14 @@ class LinearClassifier(nn.Module):
             x = x.float()
             if self.l2_norm:
                 x = nn.functional.normalize(x, dim=1)
-            if self.bn is not None:  # a batch of one has no variance: use the running statistics
-                bn = self.bn if len(x) > 1 or not self.training else None
-                x = bn(x) if bn else nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+            if self.bn is not None:
+                x = self._normalised(x)
             return self.classifier(self.dropout(x))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.training and len(x) < 2:  # one has no variance: use the running statistics
+            return nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+        return self.bn(x)
 
 
 class ClassificationWrapper(nn.Module):
@@ -202,6 +206,8 @@ def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> 
         raise UserError(f"model.args: the backbone has no feature {name!r}; it has {', '.join(embs)}")
     try:
         feature = pool(embs[name]).flatten(1)
+    except torch.OutOfMemoryError:  # a RuntimeError
+        raise
     except RuntimeError as error:  # e.g. a kernel larger than the feature
         raise UserError(f"model.args: {pool} of feature {name}, {tuple(embs[name].shape)}: {error}") from None
     if feature.shape[1] != width:

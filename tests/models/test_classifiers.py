@@ -63,6 +63,16 @@ def test_features_by_name_and_their_widths(backbone):
         FeatureExtractor(backbone, ["pool", "conv4x", "conv5x"], feat_dims=[512, 256])
 
 
+def test_too_little_memory_is_no_mistake_in_the_pooling(backbone):
+    def hungry(feature):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    extractor = FeatureExtractor(backbone, ["conv5x"], ["AvgPool3d(1)"])
+    extractor.pools[0].forward = hungry
+    with pytest.raises(torch.OutOfMemoryError):
+        extractor(torch.randn(1, 3, 4, 32, 32))
+
+
 def test_linear_classifiers_normalise_as_asked():
     torch.manual_seed(0)
     names = ["plain", "unit", "bn"]
