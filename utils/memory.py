@@ -13,8 +13,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     glibc maps each allocation above 32 MB separately, unmaps it when freed, and returns free memory at the end of its
     heap. A training step on a CPU allocates gigabytes this way, and the kernel zeroes every page in every step, which
-    can take longer than the convolutions. The memory kept is the peak use, or more with fragmentation. `keep=False`
-    sets the thresholds that glibc's own adaptation ends at.
+    can take longer than the convolutions. The memory kept is the peak use, or more with fragmentation. An older glibc
+    refuses a threshold above 32 MB: there only smaller allocations are kept. `keep=False` sets the thresholds that
+    glibc's own adaptation ends at.
 
     Returns:
         Whether this process' C library accepts the setting: glibc does, others are left unchanged.
@@ -22,8 +23,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    trim, mmap = (_NEVER, _GIB) if keep else (64 * _MIB, 32 * _MIB)
-    return bool(mallopt(_TRIM_THRESHOLD, trim) and mallopt(_MMAP_THRESHOLD, mmap))
+    # the trim threshold last: set alone, it would end glibc's adaptation of the other one at 128 kB
+    thresholds, trim = ((_GIB, 32 * _MIB), _NEVER) if keep else ((32 * _MIB,), 64 * _MIB)
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in thresholds) and bool(mallopt(_TRIM_THRESHOLD, trim))
 
 
 def give_back_freed_memory() -> None:
@@ -34,7 +36,7 @@ def give_back_freed_memory() -> None:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or without one the CPU, with freed memory kept for reuse."""
+    """The first GPU, or without one the CPU; then this process keeps freed memory from now on."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     keep_freed_memory()

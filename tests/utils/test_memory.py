@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_a_run_on_a_cpu_keeps_its_own_and_not_its_workers():
     own, held, workers = answers("default_device()\nprint(left_behind(), resident_mb(), in_worker(resident_mb))")
     assert own > 0.8 * PIECES * PIECE
     assert workers < held - 0.8 * PIECES * PIECE
+
+
+def test_an_older_glibc_takes_the_most_that_it_accepts(monkeypatch):
+    """Where every size is refused, nothing is set."""
+    for most, expected in ((32 << 20, [(-3, 32 << 20), (-1, -1)]), (0, [])):
+        accepted = []
+
+        def mallopt(parameter, value, most=most, accepted=accepted):
+            taken = parameter != -3 or value <= most
+            accepted += [(parameter, value)] * taken
+            return int(taken)
+
+        monkeypatch.setattr("ctypes.CDLL", lambda name, mallopt=mallopt: SimpleNamespace(mallopt=mallopt))
+        assert keep_freed_memory() is bool(expected) and accepted == expected
 
 
 def test_the_default_device_is_the_gpu_if_there_is_one():
