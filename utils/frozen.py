@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from utils.distributed import rank, world_size
 from utils.logger import log
 from utils.sync_bn import convert_sync_bn, count_rank
 from utils.trial import attempt
@@ -21,8 +22,9 @@ class FrozenEncoder:
         autocast: the context of a forward pass.
         device: where it runs.
         drifts: let `training_features` use batch statistics in BN, and update the running ones, as in the thesis.
-        compiled_size: number of clips in the batches that run compiled, as a compiled network is for one shape; others
-            run eagerly. None: nothing is compiled. Set to None, with a warning, if compilation fails.
+        compiled_size: number of clips in the batches that run compiled, as a compiled network is for one shape; of a
+            training batch, that of all ranks' shares together. Others run eagerly. None: nothing is compiled. Set to
+            None, with a warning, if compilation fails.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class FrozenEncoder:
             self.extractor.compile(dynamic=False)
             self.prepare.compile(dynamic=False)
 
-    @torch.no_grad()
     def __call__(self, frames: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Map frames, uint8 (N, T, H, W, 3), and their augmentation (N, 5) to float32 features (N, D) by name."""
+        return self._run(frames, augmentation, compiled=len(frames) == self.compiled_size)
+
+    @torch.no_grad()
+    def _run(self, frames: Tensor, augmentation: Tensor | None, compiled: bool) -> dict[str, Tensor]:
         on_device = [None if x is None else x.to(self.device, non_blocking=True) for x in (frames, augmentation)]
-        if len(frames) == self.compiled_size:
+        if compiled:
             features, reason = attempt(lambda: self._features(self.extractor, self.prepare, on_device))
             if reason is None:
                 return features
@@ -74,9 +79,16 @@ class FrozenEncoder:
         self.extractor.train(self.drifts)
         count_rank(self.extractor, has_clips)  # an empty share passes a dummy: the other ranks' BN waits for it
         frames = batch["frames"] if has_clips else torch.zeros(1, *clip_shape, dtype=torch.uint8)
-        features = self(frames, batch.get("video_aug"))
+        features = self._run(frames, batch.get("video_aug"), compiled=len(frames) == self._share())
         self.extractor.eval()
         return {name: value.cpu() for name, value in features.items()} if has_clips else {}
+
+    def _share(self) -> int | None:
+        """The size of this rank's share of a whole training batch (`datasets.evaluation.SharedBatches`), to compile."""
+        if self.compiled_size is None:
+            return None
+        begin, end = (self.compiled_size * other // world_size() for other in (rank(), rank() + 1))
+        return end - begin
 
     def reset(self, drift: Mapping[str, Tensor] | None = None) -> None:
         """Restore the initial state, with stored BN statistics if given."""

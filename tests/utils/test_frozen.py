@@ -8,7 +8,7 @@ from torch import nn
 
 from datasets.preprocessing import VideoPrep
 from models.network_blocks import SpatialConv, SpatialMaxPool
-from utils import compiling
+from utils import compiling, frozen
 from utils.frozen import FrozenEncoder
 
 CPU = torch.device("cpu")
@@ -43,3 +43,21 @@ def test_compiled_features_are_those_of_the_plain_encoder():
             torch.testing.assert_close(found["pool"], expected["pool"], rtol=1e-4, atol=1e-5)
     assert compiled.check() == compiled.hash == plain.hash
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("rank", "share"), [(0, 2), (1, 3)])
+def test_a_rank_s_share_of_a_training_batch_is_compiled_too(monkeypatch, rank, share):
+    monkeypatch.setattr(frozen, "rank", lambda: rank)
+    monkeypatch.setattr(frozen, "world_size", lambda: 2)
+    network, sizes = encoder(5), []
+
+    def compiled(clips):
+        sizes.append(len(clips))
+        return network.extractor.forward(clips)
+
+    network.extractor._compiled_call_impl, network.prepare._compiled_call_impl = compiled, None
+    for size in (1, 2, 3, 5):
+        frames = torch.zeros(size, 2, 12, 12, 3, dtype=torch.uint8)
+        assert len(network.training_features({"frames": frames}, frames.shape[1:])["pool"]) == size
+        assert len(network(frames)["pool"]) == size
+    assert sizes == [share, 5]
