@@ -49,7 +49,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         num_epochs: epochs of the run; None: q is constant.
         seed: seed of the bank's initial vectors and of the negatives; the same on every rank.
         live_targets: True: the positive is the clip's own embedding of the other modality instead of its bank row, and
-            the other clips of the batch over all ranks join the negatives, so that gradients reach both networks.
+            those of other videos' clips in the batch over all ranks join the negatives, so that gradients reach both
+            networks. Without random and hard negatives nothing then reads the bank; it is updated and saved all the
+            same.
         bank_dtype: storage format of the bank's rows, `fp32` or `bf16`; all arithmetic is in float32.
         bank_shards: True: each rank holds a shard of the bank and draws its negatives from it (`ShardedMemoryBank`).
 

@@ -160,7 +160,8 @@ def wrap(
 
     Args:
         compiled: see `compiles` (None: on a GPU).
-        compression: `bf16`: gradients are sent between processes and summed in bf16, in half the bytes.
+        compression: `bf16`: gradients are sent between processes in bf16, in half the bytes, and summed in bf16, or by
+            more than two CPU processes in float32.
         static: every step runs the same graph and synchronises (no accumulation). Ignored for a compiled model, whose
             graph is split at DDP's buckets, which rules it out.
         options: of torch.compile's inductor, in addition to `OPTIONS`.

@@ -64,17 +64,18 @@ class StopSignal:
 
 
 class NonFiniteGuard:
-    """Stops a run if its loss or gradients are not finite, and reports the clips concerned.
+    """Stops a run if its gradients (with fp16: its losses) are not finite, and reports the clips concerned.
 
-    With several ranks the gradients are already averaged, so all ranks reach the same verdict. Reading it would make
-    the host wait for the device. Unless steps may be skipped, it is therefore read one step later, from pinned memory
-    to which it was copied right after its own step: reading it from the device would also wait for the next step.
+    Only the gradients' norm is looked at: a loss of NaN shows in it. With several ranks the gradients are already
+    averaged, so all ranks reach the same verdict (with fp16 they exchange theirs). Reading it would make the host wait
+    for the device. Unless steps may be skipped, it is therefore read one step later, from pinned memory to which it was
+    copied right after its own step: reading it from the device would also wait for the next step.
 
     Args:
         folder: the run's folder.
         name_of: maps a video's index to its name.
         skips: number of steps that may be skipped before the run stops (`skip_nonfinite`).
-        scaled: with fp16, overflowing gradients are left to the loss scaler, and only the losses are checked.
+        scaled: with fp16, overflowing gradients are left to the loss scaler, and the losses alone decide.
     """
 
     def __init__(self, folder: Path, name_of: Callable[[int], str], skips: int, scaled: bool) -> None:
