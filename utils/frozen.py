@@ -74,7 +74,7 @@ class FrozenEncoder:
         Every rank must call it for every batch. `clip_shape` is (T, H, W, 3).
         """
         has_clips = "frames" in batch
-        if not has_clips and not self.drifts:
+        if not has_clips and (not self.drifts or world_size() == 1):
             return {}
         self.extractor.train(self.drifts)
         count_rank(self.extractor, has_clips)  # an empty share passes a dummy: the other ranks' BN waits for it

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Normalise(torch.autograd.Function):
     """BN (Ioffe and Szegedy 2015, algorithm 1) with the mean and variance of the counted samples of all ranks.
 
-    If no sample counts, they are those of `running`. Also returns them, and the number of values counted in a channel.
+    If no sample counts, they are the running ones. Also returns them, and the number of values counted in a channel.
     `x` is the only tensor of its size kept for the backward pass. The communication is one gather forward and one sum
     backward, which torch.compile includes in its graph. On a CPU channel sums are float64, to hide their order.
     """
@@ -30,7 +30,8 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         counted: Tensor,
-        running: tuple[Tensor, Tensor],
+        running_mean: Tensor,
+        running_var: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own_mean, own_var = _moments(x)
@@ -39,9 +40,9 @@ class _Normalise(torch.autograd.Function):
         means, variances, counts = shares.unbind(1)
         found = counts.sum(0)
         count = found.clamp_min(1)
-        mean = torch.where(found > 0, (counts * means).sum(0) / count, running[0])
+        mean = torch.where(found > 0, (counts * means).sum(0) / count, running_mean)
         var = (counts * (variances + (means - mean).square())).sum(0) / count
-        var = torch.where(found > 0, var, running[1])
+        var = torch.where(found > 0, var, running_var)
         rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, counted, mean, rstd, count)
         ctx.mark_non_differentiable(mean, var, found)
@@ -53,14 +54,14 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         x, weight, counted, mean, rstd, count = ctx.saved_tensors
         d_y, centred = _wide(d_y), _wide(x) - _channels(mean, x)
         sums = torch.stack([_sum(d_y, mean.dtype), _sum(d_y * centred, mean.dtype)])
         d_mean, d_var = all_reduce_sum(sums) * counted / count
         d_x = (d_y - _channels(d_mean, x) - centred * _channels(d_var * rstd.square(), x)) * _channels(rstd * weight, x)
         d_weight, d_bias = (values.to(weight.dtype) for values in (sums[1] * rstd, sums[0]))
-        return d_x.to(x.dtype), d_weight, d_bias, None, None, None
+        return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class SyncBN(_BatchNorm):
         weight = self.weight if self.affine else torch.ones_like(self.running_mean)
         bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
         running = self.running_mean, self.running_var
-        y, mean, var, count = _Normalise.apply(input, weight, bias, self.counted, running, self.eps)
+        y, mean, var, count = _Normalise.apply(input, weight, bias, self.counted, *running, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += count.any()
             unbiased = var * count.clamp_min(1) / (count - 1).clamp_min(1)

@@ -61,3 +61,13 @@ def test_a_rank_s_share_of_a_training_batch_is_compiled_too(monkeypatch, rank, s
         assert len(network.training_features({"frames": frames}, frames.shape[1:])["pool"]) == size
         assert len(network(frames)["pool"]) == size
     assert sizes == [share, 5]
+
+
+def test_a_batch_without_a_readable_clip_leaves_drifting_statistics(monkeypatch):
+    monkeypatch.setattr(frozen, "convert_sync_bn", lambda model: model)  # as on a single GPU
+    network = Small()
+    network.conv = nn.Sequential(network.conv, nn.BatchNorm3d(8))
+    drifting = FrozenEncoder(network, VideoPrep(), contextlib.nullcontext, CPU, drifts=True)
+    before = drifting.drift()
+    assert drifting.training_features({"failures": [("a.mp4", "no video")]}, (2, 12, 12, 3)) == {}
+    assert all(torch.equal(value, before[name]) for name, value in drifting.drift().items())
