@@ -216,11 +216,25 @@ class VideoFile:
         Decodes from the file's first packet, with one frame at a time in memory, until the data ends.
 
         Raises:
-            DecodeError: there is no video stream that can be decoded.
+            DecodeError: there is no video stream that can be decoded; or, after the last frame, some between the first
+                and the last were lost.
         """
         self._require("video")
-        for run in self._runs("video", -math.inf):
-            yield from run
+        run, found = next(self._runs("video", -math.inf)), []
+        for time, frame in run:
+            found.append(time)
+            yield time, frame
+        if found:  # a video that begins late or ends early has no gap
+            self._check_decoded(run, "all frames", run.packets_within(min(found), max(found)), np.array(found))
+
+    def sound(self, sample_rate: int) -> np.ndarray:
+        """Return the whole track at `sample_rate` Hz: mono, float32 (L,) in [-1, 1].
+
+        Raises:
+            DecodeError: there is no audio stream that can be decoded, or a part of it was lost.
+        """
+        self._require("audio")
+        return self._read_audio(None, None, sample_rate, complete=True)
 
     # Opening
 
@@ -390,6 +404,10 @@ class VideoFile:
         """Raise DecodeError if the file ends too early or the decoder lost any of the `needed` times (seconds)."""
         if run.ended and min(stop, run.declared_end) > run.reach + SLACK:
             raise self._error(asked, f"data up to {max(run.reach, 0):.3f} s of the {run.declared_end:.3f} s declared")
+        self._check_decoded(run, asked, needed, found)
+
+    def _check_decoded(self, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray) -> None:
+        """Raise DecodeError if the decoder lost any of the `needed` times (seconds)."""
         lost = needed[distance(needed, found) > distance(needed, np.array(run.packets)) + SLACK]
         if len(lost):
             raise self._error(asked, f"packets around {lost[0]:.3f} s that do not decode")
@@ -439,7 +457,7 @@ class VideoFile:
         rows = _pixels(rgb.planes[0], channels=3).reshape(height, width, 3)
         return np.rot90(rows, info.rotation // 90), top, left
 
-    def _read_audio(self, start: float | None, seconds: float | None, rate: int) -> np.ndarray:
+    def _read_audio(self, start: float | None, seconds: float | None, rate: int, complete: bool = False) -> np.ndarray:
         info = self.info.audio
         bounded = seconds is not None
         first = info.start if start is None else start
@@ -460,6 +478,9 @@ class VideoFile:
             self._check_complete(run, asked, run.packets_within(first, stop), found, stop)
         elif not pieces or (stop := end_of(pieces, info.sample_rate)) <= first:
             raise self._error(asked, "no samples there that can be decoded")
+        elif complete:
+            end = run.declared_end if info.duration else math.inf
+            self._check_decoded(run, asked, run.packets_within(first, end), found)
         length = round((seconds if bounded else stop - first) * rate)
         return cut(pieces, info.sample_rate, first, rate, length)
 

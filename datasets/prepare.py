@@ -243,6 +243,8 @@ def summarise(rows: list[dict]) -> str:
     lines = [f"{len(good)} videos, {hours:.2f} hours; {len(bad)} dropped"]
     kinds = collections.Counter(row["audio"] for row in good)
     lines.append("sound: " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))
+    broken = [row["path"] for row in good if row["audio"] == "broken"]
+    lines.append(f"sound lost, at least in part, and left out: {_some(broken)}")
     short = [row["path"] for row in good if float(row["declared"]) - float(row["duration"]) > SHORT]
     lines.append(f"shorter than declared: {_some(short)}")
     still = [row["path"] for row in good if row["still"] == "1"]

@@ -196,7 +196,7 @@ def _sound(file: VideoFile) -> tuple[np.ndarray, str]:
     if file.info.audio is None:
         return np.empty(0, np.float32), "none"
     try:
-        waveform = file.read(sample_rate=SAMPLE_RATE).waveform
+        waveform = file.sound(SAMPLE_RATE)
     except DecodeError:
         return np.empty(0, np.float32), "broken"
     return waveform, "silent" if _loudness(waveform) < SILENT else "sound"

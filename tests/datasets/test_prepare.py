@@ -19,6 +19,7 @@ from datasets.prepare import PART, main
 from datasets.video_dataset import VideoList
 from datasets.work_pool import _Worker, run_jobs
 from tests import tiny
+from tests.datasets.test_decoding import damage
 from tests.tiny_evaluation import make_ucf
 from utils.errors import UserError
 
@@ -249,6 +250,15 @@ def test_a_video_that_ends_before_it_says_is_pointed_out(make_video, tmp_path, m
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     prepare(monkeypatch, "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1)
     assert "shorter than declared: 1 (a.mkv)" in (tmp_path / "out/summary.txt").read_text()
+
+
+def test_what_is_lost_in_the_middle_of_a_file_is_pointed_out(make_video, tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    for kind in ("audio", "video"):
+        damage(make_video(tmp_path / f"raw/{kind}.mp4", seconds=8.0, gop=25), kind, 2, 5)
+    prepare(monkeypatch, "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1)
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert "left out: 1 (audio.mp4)" in summary and "video.mp4: asked for: all frames; found: packets aro" in summary
 
 
 def test_check_writes_no_video(raw, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from datasets.decoding import DecodeError, VideoFile, read_clip
 from datasets.transcode import GOP, SAMPLE_RATE, inspect, prepared_size, transcode
+from tests.datasets.test_decoding import damage
 from utils.errors import UserError
 
 
@@ -150,6 +151,32 @@ def test_what_cannot_be_read_leaves_nothing_behind(make_video, tmp_path):
         with pytest.raises(DecodeError, match=source.name):
             transcode(source, tmp_path / "out" / "new.mp4")
     assert not list((tmp_path / "out").glob("**/*"))
+
+
+def test_pictures_lost_in_the_middle_are_not_held_over(make_video, tmp_path):
+    raw = make_video(tmp_path / "raw.mp4", seconds=8, gop=25)
+    damage(raw, "video", 2, 5)
+    for prepare in (inspect, lambda file: transcode(file, tmp_path / "new.mp4")):
+        with pytest.raises(DecodeError, match=r"raw.mp4: asked for: all frames; found: packets around .* not decode"):
+            prepare(raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.mp4"]
+
+
+@pytest.mark.parametrize("hole", [(0, 1.5), (6, 9)])
+def test_pictures_lost_at_an_end_make_the_video_shorter(make_video, tmp_path, hole):
+    raw = make_video(tmp_path / "raw.mp4", seconds=8, gop=25)
+    damage(raw, "video", *hole)
+    facts = transcode(raw, tmp_path / "new.mp4")
+    assert facts.declared == 8 and 5 < facts.duration < 7
+
+
+@pytest.mark.parametrize("hole", [(-1, 2), (2, 5), (6, 9)])
+def test_sound_lost_anywhere_is_broken(make_video, tmp_path, hole):
+    raw = make_video(tmp_path / "raw.mp4", seconds=8)
+    assert transcode(raw, tmp_path / "new.mp4").audio == "sound"
+    damage(raw, "audio", *hole)
+    assert inspect(raw).audio == transcode(raw, tmp_path / "new.mp4").audio == "broken"
+    assert VideoFile(tmp_path / "new.mp4").info.audio is None
 
 
 def test_a_failing_disk_leaves_nothing_behind(make_video, tmp_path):
