@@ -33,6 +33,7 @@ COLUMNS = (
     "still",  # 1: a still picture
     "declared",  # duration of the video in the raw file's header, seconds; 0: not declared
     "shift",  # time in the raw file at which the prepared file's clock begins, seconds
+    "bytes",  # size of the prepared file, which tells whether it is still the one of this line; empty with --check
     "source",  # fingerprint of the raw file and of the preparation options
     "error",  # why there is no file; empty if there is one
 )

@@ -40,6 +40,7 @@ LISTS = {  # files of a data set other than its videos
 }
 SHORT = 0.5  # seconds by which a video may end before its declared end
 PART = "manifest-part-{}-of-{}.csv"
+RETRACTED = (0, 0)  # the part that an earlier manifest becomes
 
 
 def main() -> None:
@@ -85,14 +86,18 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"{report}: cannot be written to: {error}") from None
     with locked.open("a") as held:
         lock(held, part)
-        write_shard(args, names, (shard, shards), fps, part)
-        sum_up(part, raw if out is None else out)
+        merged = write_shard(args, names, (shard, shards), fps, part)
+        sum_up(part, merged, raw if out is None else out)
 
 
 def write_shard(
     args: argparse.Namespace, names: list[str], shard: tuple[int, int], fps: float | None, part: Path
-) -> None:
-    """Prepare the missing videos of a shard (number, count), write its `part` of the manifest and merge the parts."""
+) -> bool:
+    """Prepare the missing videos of a shard (number, count), write its `part` of the manifest and merge the parts.
+
+    Returns:
+        Whether the manifest was written: every video has a line.
+    """
     raw, out, report = Path(args.root), Path(args.out) if args.out else None, part.parent
     recipe = "check" if args.check else f"{args.short_side} {args.fps}"
     prints = {name: fingerprint(raw / name, recipe) for name in names}
@@ -109,19 +114,25 @@ def write_shard(
     )
     jobs = [(name, (raw / name, out and out / name, args.short_side, fps)) for name in todo]
     write_rows(part, rows.values())
+    if out is not None:
+        retract_manifest(report, todo)
     outcomes = run_jobs(jobs, args.workers, args.time_limit)
-    done = (row_of(name, labels[name], outcome, prints[name]) for name, outcome in outcomes)
+    done = (row_of(name, labels[name], outcome, prints[name], out) for name, outcome in outcomes)
     for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
-    merge_parts(report, prints, out, part if shard[1] == 1 else None)
+    merged = merge_parts(report, prints, out, part if shard[1] == 1 else None)
     if out is not None:
         clear_leftovers(out, args.time_limit)
+    return merged
 
 
-def sum_up(part: Path, videos: Path) -> None:
-    """Print the summary, write it beside `part`, and draw the contact sheet of the videos below `videos`."""
+def sum_up(part: Path, merged: bool, videos: Path) -> None:
+    """Print the summary of the `merged` manifest or of one part, write it beside them, and draw the contact sheet.
+
+    The sheet shows videos below `videos`.
+    """
     report = part.parent
-    rows = {row["path"]: row for row in read_rows(report / FILE if (report / FILE).exists() else part)}
+    rows = {row["path"]: row for row in read_rows(report / FILE if merged else part)}
     summary = summarise(list(rows.values()))
     write_whole(report / "summary.txt", summary, errors="surrogateescape")
     print(summary, end="")
@@ -153,15 +164,24 @@ def fingerprint(file: Path, recipe: str) -> str:
 
 
 def is_done(row: dict, source: str | None, out: Path | None) -> bool:
-    """Whether a line of a manifest is still valid and its file, if it should have one, exists.
+    """Whether a line of a manifest is still valid and its file, if it should have one, is still the one it is of.
 
-    A crash or timeout may have been the machine's fault, so such a video is tried again.
+    Another recipe may have replaced the file since. A crash or timeout may have been the machine's fault, so such a
+    video is tried again.
     """
     if row["source"] != source:
         return False
     if row["error"]:
         return not any(reason in row["error"] for reason in TRY_AGAIN)
-    return out is None or (out / row["path"]).is_file()
+    return out is None or row.get("bytes") == _size(out / row["path"])
+
+
+def _size(file: Path) -> str:
+    """Return a file's size in bytes as text, or `absent`."""
+    try:
+        return str(file.stat().st_size)
+    except OSError:
+        return "absent"
 
 
 def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_errors: bool = False) -> dict[str, dict]:
@@ -203,29 +223,40 @@ def label_of(dataset: str, raw: Path, names: list[str]) -> dict[str, str]:
     return {name: Path(name).parent.name if dataset != "folder" else "" for name in names}
 
 
-def row_of(name: str, label: str, outcome: Facts | str, source: str) -> dict:
+def row_of(name: str, label: str, outcome: Facts | str, source: str, out: Path | None) -> dict:
     """Make a line of the manifest, with the facts or the error."""
     split = name.split(os.sep)[0] if name.split(os.sep)[0] in ("train", "test") else ""
     row = {"path": name, "label": label, "split": split, "source": source, "error": ""}
     if isinstance(outcome, str):
         return row | {"error": outcome}
-    return row | dataclasses.asdict(outcome) | {"still": int(outcome.still)}
+    size = {} if out is None else {"bytes": _size(out / name)}
+    return row | dataclasses.asdict(outcome) | {"still": int(outcome.still)} | size
 
 
-def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_part: Path | None) -> None:
-    """Write the manifest once every video has a line; until then, any previous manifest is kept.
+def retract_manifest(report: Path, todo: list[str]) -> None:
+    """Make the manifest a part if files that it lists are about to be replaced: it must never be untrue."""
+    listed = {row["path"] for row in read_rows(report / FILE) if not row["error"]}
+    if not listed.isdisjoint(todo):
+        with contextlib.suppress(FileNotFoundError):  # another shard was faster
+            os.replace(report / FILE, report / PART.format(*RETRACTED))
 
-    `only_part`, the part of a single shard, is then removed.
+
+def merge_parts(report: Path, prints: dict[str, str], out: Path | None, only_part: Path | None) -> bool:
+    """Write the manifest once every video has a line, and return whether that is so.
+
+    `only_part`, the part of a single shard, is then removed, and so is a manifest that was retracted.
     """
     rows = collect_rows(report, prints, out, all_errors=True)
     absent = len(prints) - len(rows)
     if absent:
         print(f"{absent} of {len(prints)} videos are not in any part yet: run the other shards, then any one again")
-        return
+        return False
     write_rows(report / FILE, rows.values())
     print(f"manifest: {report / FILE}")
     if only_part is not None:
         only_part.unlink()
+    (report / PART.format(*RETRACTED)).unlink(missing_ok=True)
+    return True
 
 
 def clear_leftovers(out: Path, time_limit: float) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from datasets import build_videos
+from datasets.decoding import probe
 from datasets.evaluation import data_fingerprint, present_videos
 from datasets.manifest import COLUMNS, FILE, append_rows, manifest_of, read_rows, write_rows
 from datasets.prepare import PART, main
@@ -209,6 +210,11 @@ def test_labels_in_a_subfolder_come_along(make_video, tmp_path, monkeypatch):
     assert lists[0].classes == lists[1].classes == ("one",)
 
 
+def comparable(out):
+    """The manifest's lines without what holds the folder's name, and sizes: x264 may give a byte more or less."""
+    return [{k: v for k, v in row.items() if k not in ("error", "bytes")} for row in read_rows(out / FILE)]
+
+
 def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     prepare(monkeypatch, "vggsound", "--root", raw, "--out", out, "--workers", 1, "--shard", "1/2")
@@ -216,8 +222,7 @@ def test_two_shards_are_merged(raw, tmp_path, monkeypatch, capsys):
     assert "run the other shards" in capsys.readouterr().out
     prepare(monkeypatch, "vggsound", "--root", raw, "--out", out, "--workers", 1, "--shard", "2/2")
     prepare(monkeypatch, "vggsound", "--root", raw, "--out", whole, "--workers", 1)
-    strip = [{k: v for k, v in row.items() if k != "error"} for row in read_rows(out / FILE)]
-    assert strip == [{k: v for k, v in row.items() if k != "error"} for row in read_rows(whole / FILE)]
+    assert comparable(out) == comparable(whole)
 
 
 def test_shards_of_another_recipe_are_not_merged(raw, tmp_path, monkeypatch, capsys):
@@ -233,6 +238,35 @@ def test_shards_of_another_recipe_are_not_merged(raw, tmp_path, monkeypatch, cap
     prepare(monkeypatch, *arguments, "--short-side", 32)  # in one go, then a shard again: the old parts are stale
     prepare(monkeypatch, *arguments, "--shard", "1/2", "--short-side", 32)
     assert {row["height"] for row in read_rows(out / FILE) if not row["error"]} == {"32"}
+
+
+def test_a_manifest_is_of_the_files_that_are_there(raw, tmp_path, monkeypatch, capsys):
+    """A shard of another recipe replaces some; after it, or when it was killed, the first recipe finds its own."""
+    out = tmp_path / "out"
+    arguments = ("vggsound", "--root", raw, "--out", out, "--workers", 1)
+    prepare(monkeypatch, *arguments)
+    whole = comparable(out)
+    capsys.readouterr()
+    prepare(monkeypatch, *arguments, "--shard", "1/2", "--fps", 10)
+    assert not (out / FILE).exists()
+    assert "2 videos, 0.00 hours; 1 dropped" in capsys.readouterr().out, "the summary is the shard's"
+    (out / PART.format(1, 2)).unlink()  # as if killed before it could note them
+    prepare(monkeypatch, *arguments)
+    assert "3 done before, 2 to do" in capsys.readouterr().out
+    assert comparable(out) == whole and not (out / PART.format(0, 0)).exists()
+    for name in CLIPS:
+        assert probe(out / name).video.fps == 25
+
+
+def test_new_videos_do_not_retract_a_manifest(raw, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ("vggsound", "--root", raw, "--out", out, "--workers", 1)
+    prepare(monkeypatch, *arguments)
+    before = (out / FILE).read_bytes()
+    for name in ("train/zz_1.mp4", "train/zz_2.mp4"):
+        shutil.copy(raw / CLIPS[0], raw / name)
+    prepare(monkeypatch, *arguments, "--shard", "6/7")
+    assert (out / FILE).read_bytes() == before
 
 
 def test_what_ran_out_of_time_is_tried_again(raw, tmp_path, monkeypatch, capsys):
