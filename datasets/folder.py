@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from datasets.manifest import manifest_of
 from datasets.video_dataset import VideoList
@@ -48,13 +49,14 @@ def find(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
     Links are followed, but each folder is visited once. Names that begin with a dot are skipped.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or a folder cannot be listed.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set dataset.root to a folder of videos")
     found, visited = [], set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))  # of two links the same everywhere
+    for folder, below, files in os.walk(root, onerror=_refuse, followlinks=True):
+        # sorted: of two links the same everywhere; only root can list lost+found, which every ext4 disk has
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != "lost+found")
         if (place := os.path.realpath(folder)) in visited:
             below.clear()
             continue
@@ -63,6 +65,10 @@ def find(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
         names = (name for name in files if name.lower().endswith(endings) and not name.startswith("."))
         found += [os.path.normpath(os.path.join(relative, name)) for name in names]
     return found
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be listed: {error.strerror}; make it readable, or move it out") from None
 
 
 def _labels(

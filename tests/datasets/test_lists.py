@@ -1,6 +1,9 @@
 """Which files and labels VGGSound and folders of videos have, and the statistics of their sound."""
 
+import errno
+import io
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -96,6 +99,40 @@ def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
     (root / "c").symlink_to(elsewhere)
     (elsewhere / "deep/back").symlink_to(root)
     assert build_videos(section("folder", root), "all").names() == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """A function that makes a file or folder one that this process, which may be root's, must not read."""
+    refused = set()
+
+    def refuse(path):
+        refused.add(str(path))
+        return path
+
+    def guarded(real):
+        def call(path, *rest, **options):
+            if not isinstance(path, int) and str(path) in refused:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr("os.scandir", guarded(os.scandir))
+    monkeypatch.setattr("builtins.open", guarded(open))
+    monkeypatch.setattr("io.open", guarded(io.open))
+    return refuse
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, unreadable):
+    for name in ("a/1.mp4", "b/2.mp4", "lost+found/3.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    unreadable(tmp_path / "lost+found")
+    assert build_videos(section("folder", tmp_path), "all").names() == ["a/1.mp4", "b/2.mp4"]
+    unreadable(tmp_path / "b")
+    with pytest.raises(UserError, match="/b: cannot be listed: Permission denied; make it readable"):
+        build_videos(section("folder", tmp_path), "all")
 
 
 def test_a_video_that_could_not_be_prepared_moves_no_other_to_the_other_side(tmp_path):
