@@ -29,7 +29,6 @@ class Run:
         from_start: bool,
     ) -> None:
         self.from_start = from_start
-        self.declared_end = info.start + info.duration if info.duration else -math.inf  # -inf: not declared
         self.first = math.inf  # time of the first frame in output
         self.first_is_whole = True  # whether that video frame depends only on decoded frames
         self.sample_rate = getattr(info, "sample_rate", 0)  # Hz

@@ -10,13 +10,15 @@ At the borders:
 * The first and the last frame are repeated before and after the stream; samples outside the stream are zeros.
 * A stream may end up to `SLACK` seconds before its declared end. A clip that reaches further raises a DecodeError, as
   does one with lost frames: a frame that lies `SLACK` seconds further from its target than some packet does. If no end
-  is declared, the stream ends with its data. A read without an end returns what can be decoded, and fails if nothing
-  can.
+  is declared, the stream ends with its data. A container of several streams declares the end of the longest, so this
+  counts only if the data of none reaches it: the file is truncated. A read without an end returns what can be decoded,
+  and fails if nothing can.
 * AVI stores no presentation times, and the demuxer's guesses run backwards with B-frames. There, a frame's time is the
   decoding time at which the decoder outputs it, as in FFmpeg's own tools. In other formats, a frame without a time
   stamp gets its decoding time, or else the time of the previous frame plus one frame duration.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -130,6 +132,7 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         self._container = None
+        self._cut_end: float | None = None  # of `_end_if_truncated`, once it is known
         self._sparing = True  # False once the packets' time stamps do not show which frames exist
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._check_regular_file()
@@ -198,17 +201,15 @@ class VideoFile:
     def span(self, kind: str) -> tuple[float, float]:
         """Return the interval (start, end) in seconds that the "video" or "audio" stream covers.
 
-        This is the declared interval. If no end is declared (a recorded live stream, a bare elementary stream), all
-        packets are read, without decoding, to find the end.
+        This is the declared interval. If no end is declared for the stream (a recorded live stream, a bare elementary
+        stream, FLV), all packets are read, without decoding, to find the end.
 
         Raises:
             DecodeError: there is no such stream that can be decoded.
         """
         self._require(kind)
-        info = getattr(self.info, kind)
-        if info.duration:
-            return info.start, info.start + info.duration
-        return info.start, next(self._runs(kind, -math.inf)).end()
+        start, end = getattr(self.info, kind).start, self._declared_end(kind)
+        return start, next(self._runs(kind, -math.inf)).end() if end == -math.inf else end
 
     def frames(self) -> "Iterator[Timed]":
         """Yield every video frame as (time in seconds, PyAV frame without rotation), in display order.
@@ -312,16 +313,45 @@ class VideoFile:
         return AudioInfo(*self._span(stream), context.sample_rate, context.layout.nb_channels, context.name)
 
     def _span(self, stream: "av.stream.Stream") -> tuple[float, float]:
-        """Return the declared start and duration in seconds, from the stream, its Matroska tag or the container."""
+        """Return the declared start and duration in seconds, from the stream or its Matroska tag.
+
+        The duration may also be that of the container, if no other stream can have set it.
+        """
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         if stream.duration:
             return start, float(stream.duration * stream.time_base)
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
         if tag:
             return start, int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) - start
-        if self._container.duration is None:
+        if self._container.duration is None or len(self._container.streams) > 1:
             return start, 0.0
-        return start, ((self._container.start_time or 0) + self._container.duration) / av.time_base - start
+        return start, self._container_end() - start
+
+    def _container_end(self) -> float:
+        return ((self._container.start_time or 0) + self._container.duration) / av.time_base
+
+    def _declared_end(self, kind: str) -> float:
+        """Return the end in seconds that the file declares for a stream; -inf: none."""
+        info = getattr(self.info, kind)
+        if info.duration or self._container.duration is None:
+            return info.start + info.duration if info.duration else -math.inf
+        if self._cut_end is None:
+            self._cut_end = self._end_if_truncated()
+        return self._cut_end
+
+    def _end_if_truncated(self) -> float:
+        """Return the container's end in seconds if the data of no stream reaches it, else -inf.
+
+        Reads all packets.
+        """
+        self._open()
+        self._at_first_packet, reach = False, -math.inf
+        with contextlib.suppress(MediaError):  # the data end here
+            for packet in self._container.demux():
+                if packet.size and packet.dts is not None:
+                    last = packet.dts if packet.pts is None else max(packet.pts, packet.dts)
+                    reach = max(reach, float((last + (packet.duration or 0)) * packet.time_base))
+        return self._container_end() if reach < self._container_end() - SLACK else -math.inf
 
     def _rotation(self, stream: "av.video.stream.VideoStream") -> int:
         """Return the rotation of the display matrix in degrees, rounded to quarter turns."""
@@ -397,13 +427,15 @@ class VideoFile:
         times = np.array([time for time, _ in chosen])
         if bounded:
             needed = first + np.arange(number) / fps if fps else run.packets_within(first, stop)
-            self._check_complete(run, asked, needed, times, needed[-1] if fps else stop)
+            self._check_complete("video", run, asked, needed, times, needed[-1] if fps else stop)
         return self._to_rgb(chosen, asked, crop), times
 
-    def _check_complete(self, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float) -> None:
+    def _check_complete(
+        self, kind: str, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray, stop: float
+    ) -> None:
         """Raise DecodeError if the file ends too early or the decoder lost any of the `needed` times (seconds)."""
-        if run.ended and min(stop, run.declared_end) > run.reach + SLACK:
-            raise self._error(asked, f"data up to {max(run.reach, 0):.3f} s of the {run.declared_end:.3f} s declared")
+        if run.ended and stop > run.reach + SLACK and (end := self._declared_end(kind)) > run.reach + SLACK:
+            raise self._error(asked, f"data up to {max(run.reach, 0):.3f} s of the {end:.3f} s declared")
         self._check_decoded(run, asked, needed, found)
 
     def _check_decoded(self, run: "Run", asked: str, needed: np.ndarray, found: np.ndarray) -> None:
@@ -475,11 +507,11 @@ class VideoFile:
                 break
         found = np.array([time for time, _ in pieces])
         if bounded:
-            self._check_complete(run, asked, run.packets_within(first, stop), found, stop)
+            self._check_complete("audio", run, asked, run.packets_within(first, stop), found, stop)
         elif not pieces or (stop := end_of(pieces, info.sample_rate)) <= first:
             raise self._error(asked, "no samples there that can be decoded")
         elif complete:
-            end = run.declared_end if info.duration else math.inf
+            end = info.start + (info.duration or math.inf)
             self._check_decoded(run, asked, run.packets_within(first, end), found)
         length = round((seconds if bounded else stop - first) * rate)
         return cut(pieces, info.sample_rate, first, rate, length)

@@ -31,7 +31,7 @@ COLUMNS = (
     "loudness",  # dBFS
     "motion",  # mean change of a pixel from frame to frame, of 255
     "still",  # 1: a still picture
-    "declared",  # duration of the video in the raw file's header, seconds; 0: not declared
+    "declared",  # duration of the video by the raw file's header or, if that declares none, by its packets, seconds
     "shift",  # time in the raw file at which the prepared file's clock begins, seconds
     "bytes",  # size of the prepared file, which tells whether it is still the one of this line; empty with --check
     "source",  # fingerprint of the raw file and of the preparation options

@@ -49,7 +49,7 @@ class Facts:
     loudness: float  # dBFS, root mean square of the whole track; -inf without sound
     motion: float  # mean absolute change of a pixel from frame to frame, of 255, at 32 x 32
     still: bool
-    declared: float  # duration of the video in the raw file's header; 0: not declared
+    declared: float  # duration of the video by the raw file's header or, if that declares none, by its packets
     shift: float  # time in the raw file at which the prepared file's clock begins
 
 
@@ -262,6 +262,7 @@ def _facts(
     if not times:
         raise DecodeError(f"{file.path}: asked for: all frames; found: no frame that can be decoded")
     between = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    start, end = file.span("video")
     return Facts(
         duration=round(times[-1] - times[0] + (held or between), 6),
         frames=len(times),
@@ -272,6 +273,6 @@ def _facts(
         loudness=round(_loudness(waveform), 2),
         motion=round(motion.mean, 3),
         still=motion.mean < STILL,
-        declared=round(file.info.video.duration, 6),
+        declared=round(end - start, 6),
         shift=shift,
     )

@@ -505,6 +505,33 @@ def test_truncated_file(tmp_path, make_video, frame_index):
             read_clip(path, **arguments)
 
 
+@pytest.fixture(params=["a.flv", "a.mkv"])
+def unequal(request, tmp_path, make_video):
+    """A file of 6 s of video and 4.5 s of sound, in which only the container declares an end."""
+    path = make_video(tmp_path / request.param, seconds=6, audio_seconds=4.5, audio_rate=44100)
+    path.write_bytes(path.read_bytes().replace(b"DURATION", b"OTHERTAG"))
+    return path
+
+
+def test_the_end_of_a_container_is_that_of_its_longest_stream(unequal):
+    with VideoFile(unequal) as file:
+        assert file.span("video")[1] == pytest.approx(6.05, abs=0.1)
+        assert file.span("audio")[1] == pytest.approx(4.55, abs=0.1)
+        for start in (3.5, 4.3, 5.0):
+            clip = file.read(audio_start=start, audio_seconds=2, video_start=4.5, video_seconds=1, fps=8)
+            assert clip.waveform.shape == (88200,) and len(clip.frames) == 8
+            assert not clip.waveform[round((4.7 - start) * 44100) :].any()
+
+
+def test_a_container_whose_end_no_stream_reaches_is_truncated(unequal):
+    unequal.write_bytes(unequal.read_bytes()[: unequal.stat().st_size // 2])
+    for kind, rate in (("video", {"fps": 8}), ("audio", {})):
+        with VideoFile(unequal) as file, pytest.raises(DecodeError, match=r"data up to .* of the 6\..* s declared"):
+            file.read(**{f"{kind}_start": 3.9, f"{kind}_seconds": 1}, **rate)
+        with VideoFile(unequal) as file:
+            assert file.span(kind)[1] == pytest.approx(6.05, abs=0.1)
+
+
 def test_damaged_video_in_the_middle(tmp_path, make_video, capfd):
     path = make_video(tmp_path / "hole.mp4", seconds=8, gop=25)
     damage(path, "video", 3, 6)
@@ -579,7 +606,8 @@ def test_real_files(clips_root):
                     clip = file.read(video_start=times[-1] / 2 + 0.001, video_seconds=0.1, fps=10)
                     nearest = frames[np.abs(times - times[-1] / 2 - 0.001).argmin()].to_ndarray(format="rgb24")
                     assert np.array_equal(clip.frames[0], np.rot90(nearest, info.video.rotation // 90))
-            starts = rng.uniform(info.audio.start + 0.1, info.audio.start + info.audio.duration - 0.7, 3)
+                end = file.span("audio")[1]
+            starts = rng.uniform(info.audio.start + 0.1, end - 0.7, 3)
             assert_audio_near_whole(path, starts.clip(info.audio.start))
 
 

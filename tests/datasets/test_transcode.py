@@ -170,6 +170,13 @@ def test_pictures_lost_at_an_end_make_the_video_shorter(make_video, tmp_path, ho
     assert facts.declared == 8 and 5 < facts.duration < 7
 
 
+def test_what_a_truncated_file_lacks_is_known_without_a_duration_of_its_video(make_video, tmp_path):
+    raw = make_video(tmp_path / "raw.flv", seconds=6, audio_rate=44100)
+    assert inspect(raw).declared == pytest.approx(6, abs=0.1)
+    raw.write_bytes(raw.read_bytes()[: raw.stat().st_size // 2])
+    assert inspect(raw).declared - inspect(raw).duration > 2
+
+
 @pytest.mark.parametrize("hole", [(-1, 2), (2, 5), (6, 9)])
 def test_sound_lost_anywhere_is_broken(make_video, tmp_path, hole):
     raw = make_video(tmp_path / "raw.mp4", seconds=8)
