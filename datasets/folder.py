@@ -77,10 +77,25 @@ def _labels(
     """Return the label of each of `names` (-1: none) and the classes. `known` holds the names of all splits."""
     if labels is None:
         return None, []
-    file = root / labels
+    file, there = root / labels, set(known)
+    label_of = _read_labels(file, column)
+    if label_of and label_of.keys().isdisjoint(there):
+        raise UserError(f"{file}: names none of the videos: it has {next(iter(label_of))}, the folder has {known[0]}")
+    if absent := len(label_of.keys() - there):
+        log.info("%s: %d of the %d videos with a label are not in the folder", file, absent, len(label_of))
+    classes = sorted({label for name, label in label_of.items() if name in there})
+    number = {label: i for i, label in enumerate(classes)}
+    found = [number[label_of[name]] if name in label_of else -1 for name in names]
+    if -1 in found:
+        log.info("%s: no label for %d of %d videos", file, found.count(-1), len(found))
+    return found, classes
+
+
+def _read_labels(file: Path, column: str | None) -> dict[str, str]:
+    """Read the label of each video, by its path relative to the root."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            header, *rows = [row for row in csv.reader(lines) if row] or [[""]]
+            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row] or [[""]]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: expected a CSV file with a header and rows: {error}") from None
     if len(header) < 2:
@@ -90,12 +105,10 @@ def _labels(
     if column is not None and column not in header:
         raise UserError(f"{file}: dataset.label_column {column}: the columns are {', '.join(header)}")
     place = 1 if column is None else header.index(column)
-    label_of = {os.path.normpath(row[0]): row[place] for row in rows if len(row) > place and row[place]}
-    classes = sorted(set(label_of.values()))
-    number = {label: i for i, label in enumerate(classes)}
-    found = [number[label_of[name]] if name in label_of else -1 for name in names]
-    if label_of and label_of.keys().isdisjoint(known):
-        raise UserError(f"{file}: names none of the videos: it has {next(iter(label_of))}, the folder has {known[0]}")
-    if -1 in found:
-        log.info("%s: no label for %d of %d videos", file, found.count(-1), len(found))
-    return found, classes
+    label_of = {}
+    for row in rows:
+        if len(row) > place and row[place]:
+            name, label = os.path.normpath(row[0]), row[place]
+            if label_of.setdefault(name, label) != label:
+                raise UserError(f"{file}: {name} has two labels, {label_of[name]} and {label}; keep one")
+    return label_of

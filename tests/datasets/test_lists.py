@@ -180,6 +180,19 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
             build_videos(section("folder", tmp_path, **keys), split)
 
 
+def test_labels_are_of_the_videos_that_are_there(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    labels, keys = tmp_path / "labels.csv", {"labels": "labels.csv", "holdout_every": 2}
+    labels.write_text("path, colour\na.mp4, red\n b.mp4,red \nb.mp4,red\ngone.mp4,blue\n")
+    for split, more in (("all", {"label_column": "colour"}), ("train", {})):
+        videos = build_videos(section("folder", tmp_path, **keys, **more), split)
+        assert videos.classes == ("red",) and set(videos.labels.tolist()) == {0}
+    labels.write_text("path,colour\na.mp4,red\nb.mp4,red\n./b.mp4,blue\n")
+    with pytest.raises(UserError, match="labels.csv: b.mp4 has two labels, red and blue; keep one"):
+        build_videos(section("folder", tmp_path, **keys), "train")
+
+
 def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, make_video, monkeypatch):
     for i in range(3):
         make_video(tmp_path / f"{i}.mp4", seconds=0.5, fps=16, audio_rate=8000, audio_codec="aac")
