@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from datasets.video_dataset import VideoList, read_list
+from datasets.video_dataset import VideoList, each_once, read_list
 from utils.config import split_of_fold
 from utils.errors import UserError
 
@@ -31,13 +31,15 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         raise UserError(f"{lists}: no file *{ending}; {HELP}")
     names, labels = [], []
     for label, file in enumerate(files):
+        listed = []
         for line in read_list(file, HELP):
             name, _, found = line.rstrip().rpartition(" ")
             if found not in ("0", "1", "2"):
                 raise UserError(f"{file}: {line!r}: expected a file name and 0, 1 or 2")
             if found == mark:
-                names.append(f"{videos.name}/{file.name.removesuffix(ending)}/{name.rstrip()}")
-                labels.append(label)
+                listed.append(f"{videos.name}/{file.name.removesuffix(ending)}/{name.rstrip()}")
+        names += each_once(file, listed)
+        labels += [label] * (len(names) - len(labels))
     if not names:
         raise UserError(f"{lists}: its {len(files)} files *{ending} list no video for {wanted[0]}")
     return VideoList(root, names, labels, [file.name.removesuffix(ending) for file in files])

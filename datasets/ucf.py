@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from datasets.video_dataset import VideoList, read_list
+from datasets.video_dataset import VideoList, each_once, read_list
 from utils.config import split_of_fold
 from utils.errors import UserError
 
@@ -22,7 +22,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     lists = root / "ucfTrainTestlist"
     file = lists / f"{split_of_fold(split, dataset['fold'])}.txt"
     classes = _classes(lists / "classInd.txt")
-    names = [re.sub(r"\s+\d+\s*$", "", line).strip() for line in read_list(file, HELP)]
+    names = each_once(file, [re.sub(r"\s+\d+\s*$", "", line).strip() for line in read_list(file, HELP)])
     folder = next((name for name in ("videos", "UCF-101") if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"{root}: neither videos/ nor UCF-101/ is there; {HELP}")

@@ -22,7 +22,8 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     """List the files of folder `train` or `test`; `train_subset` is a subset of `train`.
 
     The subset holds the videos named in the file `dataset.list`. Without it, these are the 50,000 videos with the
-    smallest SHA-256 of id and start, or all if there are fewer. Labels come from vggsound.csv; -1: not listed.
+    smallest SHA-256 of id and start, or all if there are fewer. Labels come from vggsound.csv; -1: not listed. Of two
+    files of one clip, with and without leading zeros, the first by name is taken.
 
     Raises:
         UserError: the split is unknown, the folder is missing or holds no video, or the list cannot be read or matches
@@ -39,6 +40,7 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         raise UserError(f"{folder}: no such folder; {HELP}")
     names = _names(root, folders[split])
     clips = {name: parse_name(name) for name in names}
+    names = _one_per_clip(folder, names, clips)
     if split == "train_subset":
         names = _subset(names, clips, dataset["list"])
     if not names:
@@ -76,6 +78,17 @@ def parse_name(name: str) -> Clip:
     stem = name.removesuffix(".mp4")
     video, _, start = stem.rpartition("_")
     return (video, int(start)) if video and start.isdecimal() else (stem, -1)
+
+
+def _one_per_clip(folder: Path, names: list[str], clips: dict[str, Clip]) -> list[str]:
+    """Keep the first file of each clip: `a_30.mp4` and `a_000030.mp4` are one instance, not each other's negatives."""
+    kept = sorted({clips[name]: name for name in reversed(names)}.values())
+    if len(kept) < len(names):
+        other = min(set(names) - set(kept))
+        log.warning(
+            "%s: left out %d files of clips that another file holds, such as %s", folder, len(names) - len(kept), other
+        )
+    return kept
 
 
 def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,8 @@ from datasets.preprocessing import (
 from utils.errors import UserError
 from utils.memory import give_back_freed_memory, keep_freed_memory
 from utils.processes import cores
+
+log = logging.getLogger("avssrl")
 
 MAX_ATTEMPTS = 10  # videos tried for one sample before it is returned with failures only
 
@@ -321,6 +324,16 @@ def read_list(file: Path, help_text: str) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such list; {help_text}") from None
     return [line for line in lines if line.strip()]
+
+
+def each_once(file: Path, names: list[str]) -> list[str]:
+    """Return the names of a published list without repetitions, of which it warns: a sample counts once."""
+    once = list(dict.fromkeys(names))
+    if len(once) < len(names):
+        log.warning(
+            "%s: %d lines name a video that an earlier line names, and are left out", file, len(names) - len(once)
+        )
+    return once
 
 
 class EpochBatches(Sampler):

@@ -1,5 +1,7 @@
 """datasets.hmdb: HMDB-51 as published, odd names included."""
 
+import logging
+
 import pytest
 
 from datasets import build_videos
@@ -36,6 +38,16 @@ def test_names_labels_and_classes(root):
     assert train.labels.tolist() == [0, 1] == test.labels.tolist()
     second = build_videos(dataset(root, fold=2), "train-split{fold}")
     assert len(second) == 1
+
+
+def test_a_video_that_is_listed_twice_counts_once(root, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
+    with (root / "splits/brush_hair_test_split1.txt").open("a") as file:
+        file.write("b.avi 2\nc.avi 2\n")
+    test = build_videos(dataset(root), "test-split1")
+    assert test.names() == ["videos/brush_hair/b.avi", "videos/brush_hair/c.avi", f"videos/shake_hands/{SPACED}"]
+    assert test.labels.tolist() == [0, 0, 1]
+    assert "brush_hair_test_split1.txt: 1 lines name a video" in caplog.text
 
 
 @pytest.mark.parametrize(

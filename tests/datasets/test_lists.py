@@ -50,6 +50,17 @@ def test_vggsound_takes_the_files_that_are_there(vgg):
     assert build_videos(section("vggsound", vgg), "train_subset").names() == train.names()
 
 
+def test_two_files_of_one_clip_are_one_instance(vgg, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
+    names = build_videos(section("vggsound", vgg), "train").names()
+    assert not caplog.text
+    for other in ("a_b-c_000005", "x_10", "x_010", "x_000011"):
+        (vgg / "train" / f"{other}.mp4").touch()
+    kept = build_videos(section("vggsound", vgg), "train").names()
+    assert kept == [name.replace("a_b-c_5", "a_b-c_000005") for name in names] + ["train/x_000011.mp4"]
+    assert "train: left out 3 files of clips that another file holds, such as a_b-c_5.mp4" in caplog.text
+
+
 def test_vggsound_subset_by_list_and_by_rule(vgg, monkeypatch):
     listed = vgg / "subset.txt"
     listed.write_text("x_10.mp4\n--0PQM4-hqg_30\nnot_there_3\n")  # with and without leading zeros and endings

@@ -1,5 +1,7 @@
 """datasets.ucf: UCF-101 as published."""
 
+import logging
+
 import pytest
 
 from datasets import build_videos
@@ -30,6 +32,14 @@ def test_names_labels_and_classes(root):
     assert train.name(0) == "UCF-101/HandstandPushups/v_HandStandPushups_g08_c01.avi"
     assert train.name(1) == "UCF-101/Basketball/v_Basketball (1) & more_g08_c01.avi"
     assert build_videos(dataset(root), "testlist02").labels.tolist() == [1]
+
+
+def test_a_video_that_is_listed_twice_counts_once(root, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
+    with (root / "ucfTrainTestlist/testlist02.txt").open("a") as file:
+        file.write("HandstandPushups/h.avi\nBasketball/v_Basketball_g01_c01.avi\n")
+    assert build_videos(dataset(root), "testlist02").labels.tolist() == [1, 0]
+    assert "testlist02.txt: 1 lines name a video that an earlier line names" in caplog.text
 
 
 def test_broken_layouts_are_named(root):
