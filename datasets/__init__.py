@@ -40,12 +40,20 @@ LISTS: dict[str, Callable[[dict, str], VideoList]] = {
 }
 
 
+ONLY_FOR = {"list": "vggsound", "labels": "folder", "label_column": "folder", "holdout_every": "folder"}
+
+
 def build_videos(dataset: dict, split: str) -> VideoList:
     """List the videos of one split of a configuration's `dataset` section.
 
     Raises:
-        UserError: the root is not set, does not exist or holds no video of this split.
+        UserError: a key is for another data set, or the root is not set, does not exist or holds no such video.
     """
+    for key, name in ONLY_FOR.items():
+        if dataset[key] is not None and dataset["name"] != name:
+            raise UserError(
+                f"dataset.{key}: {dataset[key]} is for data set {name}, not for {dataset['name']}; remove it"
+            )
     if dataset["root"] is None:
         raise UserError("dataset.root is not set: set it in the YAML, or add --set dataset.root=DIR")
     if not Path(dataset["root"]).is_dir():

@@ -85,6 +85,20 @@ def test_missing_roots_are_named(tmp_path, name):
         build_videos(section(name, tmp_path), "train")
 
 
+@pytest.mark.parametrize("name", ["vggsound", "folder", "demo", "ucf101", "hmdb51"])
+def test_keys_of_another_data_set_are_refused(tmp_path, name):
+    for key, heeded in (
+        ("list", "vggsound"),
+        ("labels", "folder"),
+        ("label_column", "folder"),
+        ("holdout_every", "folder"),
+    ):
+        with pytest.raises(UserError) as error:
+            build_videos(section(name, tmp_path, **{key: 5 if key == "holdout_every" else "5"}), "train")
+        told = f"dataset.{key}: 5 is for data set {heeded}, not for {name}; remove it"
+        assert (str(error.value) == told) == (name != heeded)
+
+
 def test_mistakes_in_vggsound(vgg):
     with pytest.raises(UserError, match="dataset.*split: 'valid'"):
         build_videos(section("vggsound", vgg), "valid")
@@ -179,6 +193,10 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
     (tmp_path / "quote.csv").write_text('path,colour\na/1.mp4,"red\n' + 200_000 * "x")  # more than csv takes
     for keys, split, words in (
         ({}, "train", "holdout_every"),
+        (
+            {"holdout_every": 1},
+            "train",
+        ),
         ({"holdout_every": 2}, "trian", "train, test, all"),
         ({"labels": "no.csv"}, "all", "no.csv"),
         ({"labels": "labels.csv", "label_column": "shape"}, "all", "path, colour, size"),
