@@ -35,6 +35,10 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     known = names
     if split != "all":
         names = [name for i, name in enumerate(names) if (i % every == 0) == (split == "test")]
+    if known and not names:
+        raise UserError(
+            f"dataset.holdout_every: {every} holds out all {len(known)} videos; none is left for split {split}"
+        )
     if manifest is not None:
         names = [name for name in names if name in manifest.sources]
     if not names:

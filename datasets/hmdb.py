@@ -26,7 +26,8 @@ def list_videos(dataset: dict, split: str) -> VideoList:
     mark, ending = MARKS[wanted[1]], f"_test_split{wanted[2]}.txt"
     lists = _first_folder(root, ("splits", "testTrainMulti_7030_splits"))
     videos = _first_folder(root, ("videos", "hmdb51_org"))
-    files = sorted(lists.glob(f"*{ending}"), key=lambda file: file.name.removesuffix(ending))
+    files = [file for file in lists.glob(f"*{ending}") if not file.name.startswith(".")]  # macOS adds ._ files
+    files.sort(key=lambda file: file.name.removesuffix(ending))
     if not files:
         raise UserError(f"{lists}: no file *{ending}; {HELP}")
     names, labels = [], []

@@ -13,7 +13,7 @@ from utils.errors import UserError
 log = logging.getLogger("avssrl")
 
 SUBSET_SIZE = 50_000
-HELP = "expected <root>/train/ and <root>/test/ with files <youtube id>_<start second>.mp4; see README, VGGSound"
+HELP = "expected <root>/train/ and <root>/test/ with files <youtube id>_<start second>.mp4; see datasets/README.md"
 
 Clip = tuple[str, int]
 

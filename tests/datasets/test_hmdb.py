@@ -30,6 +30,7 @@ def root(tmp_path):
 
 
 def test_names_labels_and_classes(root):
+    (root / "splits/._brush_hair_test_split1.txt").write_bytes(b"\0\5\x16\7")  # macOS leaves such files
     train, test = build_videos(dataset(root), "train-split{fold}"), build_videos(dataset(root), "test-split1")
     assert train.classes == ("brush_hair", "shake_hands") == test.classes
     assert [train.name(i) for i in range(2)][1] == f"videos/shake_hands/{ODD}"

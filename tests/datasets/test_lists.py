@@ -196,6 +196,7 @@ def test_a_folder_holds_out_every_nth_name(tmp_path):
         (
             {"holdout_every": 1},
             "train",
+            "dataset.holdout_every: 1 holds out all 5 videos; none is left for split train",
         ),
         ({"holdout_every": 2}, "trian", "train, test, all"),
         ({"labels": "no.csv"}, "all", "no.csv"),
