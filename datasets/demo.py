@@ -448,9 +448,16 @@ def _write_lists(folder: Path, train: range, test: range) -> None:
 def _is_complete(root: Path, marker: dict) -> bool:
     """Whether `root` already holds the data set described by `marker`. Raises UserError if it holds anything else."""
     if (root / "demo.json").is_file():
-        found = json.loads((root / "demo.json").read_text())
+        try:
+            found = json.loads((root / "demo.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{root}/demo.json: cannot be read: {error}; delete {root} or choose another folder"
+            ) from None
         if found == marker:
             return True
+        if not isinstance(found, dict):
+            raise UserError(f"{root}/demo.json: is of no demo data set; delete {root} or choose another folder")
         differ = [f"{k} {found.get(k)} instead of {v}" for k, v in marker.items() if found.get(k) != v]
         raise UserError(f"{root}: holds a demo data set with {', '.join(differ)}: delete it or choose another folder")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):

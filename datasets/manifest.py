@@ -56,14 +56,20 @@ def manifest_of(root: str | Path) -> Manifest | None:
     """Return the manifest of a folder, or None if there is none. Cached until the file changes.
 
     Raises:
-        UserError: the file is not a manifest.
+        UserError: the file is not a manifest, or cannot be read.
     """
     file = Path(root) / FILE
     try:
         status = file.stat()
-    except OSError:
+        return _load(str(file), status.st_mtime_ns, status.st_size)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return _load(str(file), status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: str | Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read: {error.strerror}; make it readable, or delete it")
 
 
 @functools.lru_cache(maxsize=4)
@@ -95,12 +101,18 @@ def _parsed(lines: Iterable[str], file: str) -> Iterator[list[str]]:
 
 
 def read_rows(file: str | Path) -> list[dict]:
-    """Read the lines of a manifest or of a shard's part as dicts of strings. An incomplete last line is skipped."""
+    """Read the lines of a manifest or of a shard's part as dicts of strings. An incomplete last line is skipped.
+
+    Raises:
+        UserError: the file is not a manifest, or cannot be read. If there is none, it has no lines.
+    """
     try:
         with Path(file).open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             return [row for row in csv.DictReader(lines) if row.get("error") is not None]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _unreadable(file, error) from None
     except csv.Error as error:
         raise UserError(f"{file}: not a manifest: {error}; delete it") from None
 

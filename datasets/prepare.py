@@ -38,6 +38,7 @@ LISTS = {  # files of a data set other than its videos
     "hmdb51": ("splits", "testTrainMulti_7030_splits"),
     "folder": (".",),  # its CSV files
 }
+LONGEST = 1_000_000  # seconds; limit of --time-limit: more than any video takes, and a time for which one can wait
 SHORT = 0.5  # seconds by which a video may end before its declared end
 PART = "manifest-part-{}-of-{}.csv"
 RETRACTED = (0, 0)  # the part that an earlier manifest becomes
@@ -63,8 +64,8 @@ def prepare(args: argparse.Namespace) -> None:
     raw, out = Path(args.root), Path(args.out) if args.out else None
     shard, shards = _shard(args.shard)
     fps = None if args.fps == "keep" else _positive(args.fps)
-    if args.time_limit <= 0:
-        raise UserError(f"--time-limit {args.time_limit:g}: expected seconds above 0")
+    if not 0 < args.time_limit <= LONGEST:
+        raise UserError(f"--time-limit {args.time_limit:g}: expected seconds above 0, at most {LONGEST}")
     if not raw.is_dir():
         raise UserError(f"--root {raw}: no such folder")
     if out is not None and out.exists() and not out.is_dir():
@@ -201,14 +202,21 @@ def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_err
 
 
 def copy_lists(dataset: str, raw: Path, out: Path) -> None:
-    """Copy the lists and labels of the data set: their contents, not their file permissions."""
+    """Copy the lists and labels of the data set: their contents, not their file permissions.
+
+    Raises:
+        UserError: one of them cannot be read, or not be written.
+    """
     endings = (".csv",) if dataset == "folder" else ("",)
     for top in LISTS[dataset]:
         names = [top] if (raw / top).is_file() else []
         if (raw / top).is_dir():
             names = [os.path.join(top, name) for name in folder.find(raw / top, endings)]
         for name in names:
-            content, copy = (raw / name).read_bytes(), out / name
+            try:
+                content, copy = (raw / name).read_bytes(), out / name
+            except OSError as error:
+                raise UserError(f"{raw / name}: cannot be read: {error.strerror}; make it readable") from None
             if copy.name != FILE and not (copy.is_file() and copy.read_bytes() == content):
                 write_whole(copy, content)
 

@@ -62,12 +62,18 @@ def find(folder: Path) -> list[str]:
     """Find the mp4 files directly in a folder, sorted by name; empty if the folder does not exist.
 
     Names that begin with a dot are skipped: leftovers of killed downloads and macOS metadata files.
+
+    Raises:
+        UserError: the folder cannot be listed.
     """
     if not folder.is_dir():
         return []
-    with os.scandir(folder) as entries:
-        names = (entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
-        return sorted(name for name in names if not name.startswith("."))
+    try:
+        with os.scandir(folder) as entries:
+            names = (entry.name for entry in entries if entry.name.endswith(".mp4") and not entry.is_dir())
+            return sorted(name for name in names if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}; make it readable") from None
 
 
 def parse_name(name: str) -> Clip:

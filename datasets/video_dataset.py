@@ -317,12 +317,14 @@ def read_list(file: Path, help_text: str) -> list[str]:
     """Read the non-blank lines of a published list. Bytes that are not UTF-8 are kept, as in file names.
 
     Raises:
-        UserError: the file does not exist; `help_text` says what was expected.
+        UserError: the file does not exist or cannot be read; `help_text` says what was expected.
     """
     try:
         lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except FileNotFoundError:
         raise UserError(f"{file}: no such list; {help_text}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; {help_text}") from None
     return [line for line in lines if line.strip()]
 
 

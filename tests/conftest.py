@@ -1,5 +1,7 @@
 """Helpers shared by all tests: small real media files whose frames and sound encode their index and time."""
 
+import errno
+import io
 import multiprocessing
 import os
 import struct
@@ -155,6 +157,29 @@ def clips_root():
     if not root or not Path(root).is_dir():
         pytest.skip("AVSSRL_CLIPS is not set to a folder of real clips")
     return Path(root)
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """A function that makes a file or folder one that this process, which may be root's, must not read."""
+    refused = set()
+
+    def refuse(path):
+        refused.add(str(path))
+        return path
+
+    def guarded(real):
+        def call(path, *rest, **options):
+            if not isinstance(path, int) and str(path) in refused:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr("os.scandir", guarded(os.scandir))
+    monkeypatch.setattr("builtins.open", guarded(open))
+    monkeypatch.setattr("io.open", guarded(io.open))
+    return refuse
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,13 @@ def test_a_folder_of_other_files_is_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(("text", "words"), [("", "cannot be read: .*"), ("[]", "is of no demo data set")])
+def test_a_broken_marker_is_named(tmp_path, text, words):
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(UserError, match=f"/demo.json: {words}; delete .* or choose another folder"):
+        demo.make(tmp_path)
+
+
 def test_a_failing_run_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")

@@ -1,9 +1,6 @@
 """Which files and labels VGGSound and folders of videos have, and the statistics of their sound."""
 
-import errno
-import io
 import logging
-import os
 
 import numpy as np
 import pytest
@@ -99,7 +96,7 @@ def test_keys_of_another_data_set_are_refused(tmp_path, name):
         assert (str(error.value) == told) == (name != heeded)
 
 
-def test_mistakes_in_vggsound(vgg):
+def test_mistakes_in_vggsound(vgg, unreadable):
     with pytest.raises(UserError, match="dataset.*split: 'valid'"):
         build_videos(section("vggsound", vgg), "valid")
     with pytest.raises(UserError, match="none of its 1 videos"):
@@ -113,6 +110,9 @@ def test_mistakes_in_vggsound(vgg):
     with pytest.raises(UserError, match="vggsound.csv: cannot be read: field larger"):
         (vgg / "vggsound.csv").write_text('a,1,"dog,train\n' + 200_000 * "x")
         build_videos(section("vggsound", vgg), "train")
+    with pytest.raises(UserError, match="/train: cannot be listed: Permission denied; make it readable"):
+        unreadable(vgg / "train")
+        build_videos(section("vggsound", vgg), "train")
 
 
 def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
@@ -124,29 +124,6 @@ def test_a_folder_of_links_is_followed_and_taken_once(tmp_path):
     (root / "c").symlink_to(elsewhere)
     (elsewhere / "deep/back").symlink_to(root)
     assert build_videos(section("folder", root), "all").names() == ["a/1.mp4", "b/2.mp4", "b/deep/3.mp4"]
-
-
-@pytest.fixture
-def unreadable(monkeypatch):
-    """A function that makes a file or folder one that this process, which may be root's, must not read."""
-    refused = set()
-
-    def refuse(path):
-        refused.add(str(path))
-        return path
-
-    def guarded(real):
-        def call(path, *rest, **options):
-            if not isinstance(path, int) and str(path) in refused:
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return real(path, *rest, **options)
-
-        return call
-
-    monkeypatch.setattr("os.scandir", guarded(os.scandir))
-    monkeypatch.setattr("builtins.open", guarded(open))
-    monkeypatch.setattr("io.open", guarded(io.open))
-    return refuse
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, unreadable):

@@ -326,13 +326,30 @@ def test_evaluation_lists_work_on_a_prepared_folder(make_video, tmp_path, monkey
     [
         (("--shard", "3/2"), "expected I/N"),
         (("--fps", "none"), "expected keep"),
-        (("--time-limit", 0), "expected seconds above 0"),
+        *((("--time-limit", value), "expected seconds above 0, at most 1000000") for value in (0, "inf", "nan", 1e300)),
         (("--check",), "or --check"),
     ],
 )
 def test_mistakes(raw, tmp_path, monkeypatch, options, message):
     with pytest.raises(UserError, match=message):
         prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out", *options)
+
+
+def test_a_manifest_that_cannot_be_read_is_a_mistake(raw, tmp_path, monkeypatch):
+    (raw / FILE).mkdir()
+    with pytest.raises(
+        UserError, match="raw/manifest.csv: cannot be read: Is a directory; make it readable, or delete"
+    ):
+        build_videos(dataset(raw), "train")
+    (tmp_path / "out" / FILE).mkdir(parents=True)
+    with pytest.raises(UserError, match="out/manifest.csv: cannot be read: Is a directory"):
+        prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out")
+
+
+def test_a_list_that_cannot_be_copied_is_a_mistake(raw, tmp_path, monkeypatch, unreadable):
+    unreadable(raw / "vggsound.csv")
+    with pytest.raises(UserError, match="vggsound.csv: cannot be read: Permission denied; make it readable"):
+        prepare(monkeypatch, "vggsound", "--root", raw, "--out", tmp_path / "out")
 
 
 def test_the_raw_folder_is_never_written_to(raw, monkeypatch):

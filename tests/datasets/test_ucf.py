@@ -1,6 +1,7 @@
 """datasets.ucf: UCF-101 as published."""
 
 import logging
+import shutil
 
 import pytest
 
@@ -45,6 +46,11 @@ def test_a_video_that_is_listed_twice_counts_once(root, caplog, monkeypatch):
 def test_broken_layouts_are_named(root):
     with pytest.raises(UserError, match="trainlist01.txt: no such list; expected UCF-101 as published"):
         build_videos(dataset(root), "trainlist{fold:02d}")
+    (root / "ucfTrainTestlist/testlist03.txt").mkdir()
+    with pytest.raises(
+        UserError, match="testlist03.txt: cannot be read: Is a directory; expected UCF-101 as published"
+    ):
+        build_videos(dataset(root), "testlist03")
     with pytest.raises(UserError, match="only {fold} may stand in braces"):
         build_videos(dataset(root), "trainlist{x}")
     (root / "ucfTrainTestlist/testlist02.txt").write_text("Golf/v_Golf_g01_c01.avi\n")
@@ -55,6 +61,13 @@ def test_broken_layouts_are_named(root):
         build_videos(dataset(root), "testlist02")
     (root / "ucfTrainTestlist/classInd.txt").write_text("Golf\n")
     with pytest.raises(UserError, match="expected a number and a class name"):
+        build_videos(dataset(root), "testlist02")
+
+
+def test_lists_in_one_file_are_named(root):
+    shutil.rmtree(root / "ucfTrainTestlist")
+    (root / "ucfTrainTestlist").write_text("Basketball/v_Basketball_g01_c01.avi 1")
+    with pytest.raises(UserError, match="classInd.txt: cannot be read: Not a directory; expected UCF-101 as published"):
         build_videos(dataset(root), "testlist02")
 
 
