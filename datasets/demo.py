@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from utils.cli import at_least, run_script
 from utils.errors import UserError
-from utils.processes import cores, end_with_parent
+from utils.processes import cores, ctrl_c_for_the_parent, end_with_parent
 
 VERSION = 2  # incremented when the same seed no longer gives the same pixels and sound
 SIZE, FPS, SECONDS, SAMPLE_RATE = 128, 16, 3.5, 16000
@@ -418,17 +418,22 @@ def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: i
     """Write the clips of `jobs`, (class, index) pairs. With at most one worker, this process writes them."""
     names, indices = zip(*jobs, strict=True)
     columns = (itertools.repeat(folder), names, indices, itertools.repeat(seed))
-    bar = tqdm(total=len(jobs), desc="demo data set", unit="clip", disable=not progress)
-    if workers <= 1:
-        for job in zip(*columns, strict=False):
-            _make_clip(*job)
-            bar.update()
-    else:
+    with tqdm(total=len(jobs), desc="demo data set", unit="clip", disable=not progress) as bar:
+        if workers <= 1:
+            for job in zip(*columns, strict=False):
+                _make_clip(*job)
+                bar.update()
+            return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-            for _ in pool.map(_make_clip, *columns, chunksize=4):
-                bar.update()
-    bar.close()
+            with ctrl_c_for_the_parent():
+                done = pool.map(_make_clip, *columns)
+            try:
+                for _ in done:
+                    bar.update()
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)  # else it would make the rest first
+                raise
 
 
 def _write_lists(folder: Path, train: range, test: range) -> None:

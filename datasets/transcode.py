@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from datasets.decoder_run import MediaError
 from datasets.decoding import DecodeError, VideoFile
 from utils.errors import UserError
 
@@ -32,7 +33,6 @@ SILENT = -60.0  # dBFS; a track below this loudness counts as silent
 STILL = 0.05  # mean change of a pixel between frames, of 255; a video below this counts as a still picture
 THUMBNAIL = 32  # pixels; side of the thumbnails on which motion is measured
 
-MediaError = (av.error.FFmpegError, ValueError)
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -89,14 +89,21 @@ def transcode(
 
 def inspect(source: str | os.PathLike) -> Facts:
     """Return the facts about a raw file by decoding all of it. Raises DecodeError if that fails."""
-    with VideoFile(source) as file:
-        info, motion, times, end = file.info.video, _Motion(), [], -math.inf
-        for time, frame in file.frames():
-            times.append(motion.see(time, frame))
-            end = max(end, time + _held(frame))
-        held = end - times[-1] if times else 0.0
-        waveform, audio = _sound(file)
-        return _facts(file, times, held, (info.width, info.height), waveform, audio, motion, 0.0)
+    try:
+        with VideoFile(source) as file:
+            return _inspect(file)
+    except MediaError as error:
+        raise DecodeError(f"{source}: asked for: all of it; found: {error}".replace("\n", " ")) from None
+
+
+def _inspect(file: VideoFile) -> Facts:
+    info, motion, times, end = file.info.video, _Motion(), [], -math.inf
+    for time, frame in file.frames():
+        times.append(motion.see(time, frame))
+        end = max(end, time + _held(frame))
+    held = end - times[-1] if times else 0.0
+    waveform, audio = _sound(file)
+    return _facts(file, times, held, (info.width, info.height), waveform, audio, motion, 0.0)
 
 
 def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) -> Facts:

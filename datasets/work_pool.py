@@ -5,14 +5,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
+from datasets.decoder_run import MediaError
 from datasets.decoding import DecodeError
 from datasets.transcode import Facts, inspect, transcode
 from utils.errors import UserError
-from utils.processes import end_with_parent
+from utils.processes import ctrl_c_for_the_parent, end_with_parent
 
 Job = tuple[str, tuple]
-CRASHED, TOO_LONG = "the decoder crashed", "not done within"
-TRY_AGAIN = (CRASHED, TOO_LONG)  # not always the file's fault: memory may have run out, or the machine was busy
+CRASHED, TOO_LONG, UNEXPECTED = "the decoder crashed", "not done within", "an unexpected error: "
+ERRORS = (*MediaError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+TRY_AGAIN = (
+    CRASHED,
+    TOO_LONG,
+    UNEXPECTED,
+)  # not always the file's fault: memory may have run out, or the machine was busy
 
 
 def run_jobs(
@@ -20,14 +26,15 @@ def run_jobs(
 ) -> Iterator[tuple[str, Facts | str]]:
     """Run jobs, (name, arguments of `do`), and yield (name, facts or error message) as they finish, in any order.
 
-    A worker that dies or exceeds `time_limit` seconds for one job is replaced, and the job's outcome says so. `do` is
-    `do_job` by default.
+    A worker that dies or exceeds `time_limit` seconds for one job is replaced, and the job's outcome says so, as it
+    does if `do` (by default `do_job`) raises one of `ERRORS`.
 
     Raises:
         UserError: the outputs cannot be written.
     """
     todo = list(reversed(jobs))
-    pool = [_Worker(do or do_job) for _ in range(min(workers, len(jobs)))]
+    with ctrl_c_for_the_parent():
+        pool = [_Worker(do or do_job) for _ in range(min(workers, len(jobs)))]
     try:
         while True:
             for i, worker in enumerate(pool):
@@ -90,8 +97,9 @@ class _Worker:
         """Return the outcome of the job; None while it is running."""
         try:
             if self.pipe.poll():
-                result, self.name = self.pipe.recv(), None
-                return result
+                outcome, reason = self.pipe.recv()
+                name, self.name = self.name, None
+                return outcome if reason is None else _lost(name, reason)
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
@@ -103,7 +111,7 @@ class _Worker:
     def _end(self, reason: str) -> str:
         name = self.name
         self.kill()
-        return f"{name}: asked for: all of it; found: {reason}"
+        return _lost(name, reason)
 
     def kill(self) -> None:
         """Kill the process and wait for it."""
@@ -113,10 +121,23 @@ class _Worker:
         self.name, self.alive = None, False
 
 
+def _lost(name: str, reason: str) -> str:
+    return f"{name}: asked for: all of it; found: {reason}"
+
+
 def _serve(pipe: Connection, do: Callable) -> None:
+    """Do jobs and send (outcome, None) of each, or (None, reason) of one that failed."""
     end_with_parent()
     while True:
         try:
-            pipe.send(do(*pipe.recv()))
+            arguments = pipe.recv()
         except (EOFError, OSError):  # the run has ended
+            return
+        try:
+            answer = do(*arguments), None
+        except ERRORS as error:
+            answer = None, f"{UNEXPECTED}{type(error).__name__}: {' '.join(str(error).split())}"
+        try:
+            pipe.send(answer)
+        except OSError:
             return

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -185,6 +186,17 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
+
+
+def interrupted(arguments: list, condition: Callable[[], object]) -> str:
+    """Run a module, press Ctrl-C when `condition` holds, and return what it wrote to stderr."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    run = subprocess.Popen(command, cwd=REPO, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(condition)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, told
+    return told
 
 
 def children(pid: int) -> list[int]:

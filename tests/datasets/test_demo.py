@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import demo
-from tests.tiny import children, wait_until
+from tests.tiny import children, interrupted, wait_until
 from utils.errors import UserError
 
 NAMES = list(demo.CLASSES)
@@ -155,6 +155,13 @@ def test_a_killed_run_leaves_no_set_and_no_worker(tmp_path):
     assert workers
     wait_until(lambda: not any(is_running(pid) for pid in workers))
     assert not root.exists()
+
+
+def test_ctrl_c_ends_all_in_a_line_and_leaves_nothing(tmp_path):
+    command = ["datasets.demo", "--root", tmp_path / "set", "--workers", "2"]
+    told = interrupted(command, lambda: list(tmp_path.glob(".set.*.tmp/videos/*/*.mp4")))
+    assert told.endswith("interrupted\n") and "Traceback" not in told
+    assert not list(tmp_path.iterdir())
 
 
 def is_running(pid):

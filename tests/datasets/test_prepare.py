@@ -16,11 +16,12 @@ from datasets import build_videos
 from datasets.decoding import probe
 from datasets.evaluation import data_fingerprint, present_videos
 from datasets.manifest import COLUMNS, FILE, append_rows, manifest_of, read_rows, write_rows
-from datasets.prepare import PART, main
+from datasets.prepare import PART, is_done, main, row_of
 from datasets.video_dataset import VideoList
 from datasets.work_pool import _Worker, run_jobs
 from tests import tiny
 from tests.datasets.test_decoding import damage
+from tests.tiny import interrupted
 from tests.tiny_evaluation import make_ucf
 from utils.errors import UserError
 
@@ -374,6 +375,37 @@ def test_a_crash_and_a_hang_cost_one_file_each(make_video, tmp_path, monkeypatch
     assert "crashed (exit status -11)" in outcomes["0"]
     assert "not done within 8 s" in outcomes["1"]
     assert [outcomes[name].frames for name in "23"] == [12, 12]
+
+
+def give_or_fail(what):
+    """A job that gives the number of its process, or fails."""
+    if isinstance(what, Exception):
+        raise what
+    return os.getpid()
+
+
+def test_an_error_in_a_worker_says_what_it_is_and_costs_nothing_else():
+    errors = {"a": TypeError("no\nnumber"), "b": OSError(24, "Too many open files"), "c": MemoryError()}
+    outcomes = run_jobs(
+        [("0", (0,)), *((name, (error,)) for name, error in errors.items()), ("1", (1,))], 1, 60.0, give_or_fail
+    )
+    outcomes = dict(outcomes)
+    assert outcomes["a"] == "a: asked for: all of it; found: an unexpected error: TypeError: no number"
+    assert outcomes["b"].endswith("error: OSError: [Errno 24] Too many open files")
+    assert outcomes["c"].endswith("error: MemoryError: ")
+    assert outcomes["0"] == outcomes["1"], "the same process goes on"
+    for name in errors:
+        row = row_of("a", "", outcomes[name], "source", None)
+        assert not is_done(row, "source", None), "it may be the machine's fault"
+
+
+def test_ctrl_c_ends_all_in_a_line(make_video, tmp_path):
+    (tmp_path / "raw").mkdir()
+    for i in range(20):
+        make_video(tmp_path / f"raw/{i:02d}.mp4", seconds=1.0, size=(320, 240))
+    command = ["datasets.prepare", "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", "2"]
+    told = interrupted(command, lambda: len(read_rows(tmp_path / "out" / PART.format(1, 1))) > 2)
+    assert told.endswith("interrupted\n") and "Traceback" not in told
 
 
 def test_a_manifest_is_read_again_when_it_changes(tmp_path):

@@ -186,6 +186,16 @@ def test_sound_lost_anywhere_is_broken(make_video, tmp_path, hole):
     assert VideoFile(tmp_path / "new.mp4").info.audio is None
 
 
+@pytest.mark.parametrize("prepare", [inspect, lambda raw: transcode(raw, raw.with_name("new.mp4"))])
+def test_a_picture_that_cannot_be_converted_is_named(make_video, tmp_path, monkeypatch, prepare):
+    def refuse(motion, time, frame):
+        raise av.error.InvalidDataError(0, "bad\npicture")
+
+    monkeypatch.setattr("datasets.transcode._Motion.see", refuse)
+    with pytest.raises(DecodeError, match=r"raw.mp4: asked for: .*; found: .*bad picture"):
+        prepare(make_video(tmp_path / "raw.mp4", seconds=0.4))
+
+
 def test_a_failing_disk_leaves_nothing_behind(make_video, tmp_path):
     raw = make_video(tmp_path / "raw.mp4")
     (tmp_path / "file").write_text("in the way of a folder")
