@@ -10,6 +10,7 @@ down, all workers wait, twice as long each time.
 
 import argparse
 import csv
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,6 +38,8 @@ GONE = re.compile(
 )
 TOO_FAST = re.compile(r"\b429\b|too many requests|rate.?limit|confirm you.?re not a bot", re.IGNORECASE)
 FIRST_WAIT, LONGEST_WAIT = 30.0, 3600.0  # seconds
+REFUSALS = (OSError, RuntimeError, ValueError)  # what a downloader raises for a reason; others are faults in it
+FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, HTTPException, LookupError, SyntaxError, TypeError)
 TRIES = 6  # attempts per clip when asked to slow down
 
 Clip = tuple[str, int, str]
@@ -81,15 +85,16 @@ def download_all(
     workers: int = 4,
     limit: int | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Counter:
     """Download the missing clips. Returns the number of clips per fate, including those of earlier calls.
 
-    `download` writes a clip to a path, or raises an exception with the reason.
+    `download` writes a clip to a path, or raises an exception (`REFUSALS` or `FAULTS`) with the reason.
     """
     out.mkdir(parents=True, exist_ok=True)
     fates = read_fates(out / FATES)
     todo = [clip for clip in clips if not is_settled(clip, out, fates)][:limit]
-    lock, pause = threading.Lock(), Pause(sleep)
+    lock, pause = threading.Lock(), Pause(sleep, clock)
     with (out / FATES).open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -117,22 +122,24 @@ def fetch_one(clip: Clip, out: Path, download: Download, pause: "Pause") -> tupl
     building = target.with_name(f".{target.stem}.part")  # a folder: a downloader leaves other files beside its target
     reason = ""
     for _ in range(TRIES):
-        pause.wait()
+        began = pause.wait()
         shutil.rmtree(building, ignore_errors=True)  # left by a killed process
         try:
             building.mkdir()
             download(clip, building / target.name)
             os.replace(building / target.name, target)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (*REFUSALS, *FAULTS) as error:
             reason = " ".join(str(error).replace(clip[0], "").split())[:300]  # an id may match one of the patterns
+            if not isinstance(error, REFUSALS):
+                return "failed", f"{type(error).__name__}: {reason}"
         else:
-            pause.relax()
+            pause.relax(began)
             return "done", ""
         finally:
             shutil.rmtree(building, ignore_errors=True)
         if not TOO_FAST.search(reason):
             return ("gone" if GONE.search(reason) else "failed"), reason
-        pause.back_off()
+        pause.back_off(began)
     return "failed", reason
 
 
@@ -157,29 +164,34 @@ def is_settled(clip: Clip, out: Path, fates: dict[tuple[str, int], str]) -> bool
 
 
 class Pause:
-    """Pause of all workers when the site asks to slow down: twice as long each time, reset by a success."""
+    """Pause of all workers when the site asks to slow down: twice as long each time, reset by a success.
 
-    def __init__(self, sleep: Callable[[float], None]) -> None:
-        self._sleep, self._lock = sleep, threading.Lock()
-        self._next, self._due = FIRST_WAIT, 0.0
+    The answers to requests sent before a pause belong to what caused it: they neither lengthen nor reset it.
+    """
 
-    def wait(self) -> None:
-        """Wait if any worker was asked to slow down."""
+    def __init__(self, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:
+        self._sleep, self._clock, self._lock = sleep, clock, threading.Lock()
+        self._next, self._until, self._backed_off = FIRST_WAIT, -math.inf, -math.inf  # times on the clock
+
+    def wait(self) -> float:
+        """Wait while a pause lasts. Returns the time at which a request may be sent, now."""
+        while (now := self._clock()) < self._until:
+            self._sleep(self._until - now)
+        return now
+
+    def back_off(self, began: float) -> None:
+        """Begin a pause, since the site told a request sent at `began` to slow down, and double the next one."""
         with self._lock:
-            seconds, self._due = self._due, 0.0
-            if seconds:
-                self._sleep(seconds)  # holding the lock, so that no other worker sends a request
+            if began > self._backed_off:
+                self._backed_off = self._clock()
+                self._until = self._backed_off + self._next
+                self._next = min(2 * self._next, LONGEST_WAIT)
 
-    def back_off(self) -> None:
-        """Double the next pause, since the site asked to slow down."""
+    def relax(self, began: float) -> None:
+        """Reset the length of pauses after the success of a request sent at `began`."""
         with self._lock:
-            self._due = self._next
-            self._next = min(2 * self._next, LONGEST_WAIT)
-
-    def relax(self) -> None:
-        """Reset the pause after a successful download."""
-        with self._lock:
-            self._next = FIRST_WAIT
+            if began > self._backed_off:
+                self._next = FIRST_WAIT
 
 
 def yt_dlp_download() -> Download:

@@ -3,10 +3,11 @@
 import csv
 import os
 import threading
+from http.client import HTTPException
 
 import pytest
 
-from datasets.download_vggsound import FATES, FIRST_WAIT, download_all, main, read_clips
+from datasets.download_vggsound import FATES, FIRST_WAIT, Pause, download_all, main, read_clips
 from utils.errors import UserError
 
 CLIPS = [("--a", 1, "train"), ("b_b", 20, "train"), ("c", 300, "test"), ("d", 4, "test")]
@@ -25,8 +26,22 @@ class Site:
             answer = answers.pop(0) if answers else None
         if answer:
             target.write_bytes(b"half")
-            raise RuntimeError(answer)
+            raise RuntimeError(answer) if isinstance(answer, str) else answer
         target.write_bytes(b"video")
+
+
+class Clock:
+    """A clock that only sleeping advances."""
+
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept.append(seconds)
 
 
 def fates(out):
@@ -60,15 +75,43 @@ def test_the_next_call_tries_only_what_may_come(tmp_path):
 
 
 def test_asked_to_slow_down_all_wait_longer_each_time(tmp_path):
-    slept = []
+    clock = Clock()
+    waits = {"workers": 1, "sleep": clock.sleep, "clock": clock}
     site = Site(c=["HTTP Error 429: Too Many Requests"] * 3)
-    counts = download_all(CLIPS, tmp_path, site, workers=1, sleep=slept.append)
-    assert slept == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
+    counts = download_all(CLIPS, tmp_path, site, **waits)
+    assert clock.slept == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
     assert counts == {"done": 4}
-    slept.clear()
+    clock.slept.clear()
     always = Site(e=["HTTP Error 429"] * 100)
-    assert download_all([("e", 1, "test")], tmp_path / "other", always, workers=1, sleep=slept.append) == {"failed": 1}
-    assert 3 <= len(slept) < 10
+    assert download_all([("e", 1, "test")], tmp_path / "other", always, **waits) == {"failed": 1}
+    assert 3 <= len(clock.slept) < 10
+
+
+def test_one_event_seen_by_all_workers_counts_once():
+    clock = Clock()
+    pause = Pause(clock.sleep, clock)
+    for expected in (FIRST_WAIT, 2 * FIRST_WAIT):
+        sent = [pause.wait() for _ in range(4)]
+        clock.now += 1
+        for began in sent:
+            pause.back_off(began)
+        clock.now += 1
+        pause.relax(sent[0])  # an answer to what was sent before
+        clock.slept.clear()
+        pause.wait()
+        assert clock.slept == [expected - 1]
+    pause.relax(pause.wait())
+    pause.back_off(pause.wait())
+    pause.wait()
+    assert clock.slept[-1] == FIRST_WAIT
+
+
+def test_a_fault_of_the_downloader_costs_one_clip(tmp_path):
+    faults = {"--a": TypeError("'NoneType' object"), "b_b": KeyError("url"), "c": HTTPException("half a header")}
+    counts = download_all(CLIPS, tmp_path, Site(**{clip: [fault] for clip, fault in faults.items()}), workers=2)
+    assert counts == {"failed": 3, "done": 1}
+    assert "failed,TypeError: 'NoneType' object," in (tmp_path / FATES).read_text()
+    assert download_all(CLIPS, tmp_path, Site(), workers=1) == {"done": 4}
 
 
 def test_an_id_is_no_reason_and_a_broken_connection_is_not_for_ever(tmp_path):
@@ -77,10 +120,10 @@ def test_an_id_is_no_reason_and_a_broken_connection_is_not_for_ever(tmp_path):
         "b_b": "the YouTube account associated with this video has been terminated",
         "c": "curl: (56) GnuTLS recv error (-110): The TLS connection was non-properly terminated.",
     }
-    waits = []
+    clock = Clock()
     site = Site(**{name: [answer] for name, answer in told.items()})
-    download_all([(name, 1, "train") for name in told], tmp_path, site, workers=1, sleep=waits.append)
-    assert fates(tmp_path) == {"Ab429cdEfgh": "gone", "b_b": "gone", "c": "failed"} and waits == []
+    download_all([(name, 1, "train") for name in told], tmp_path, site, workers=1, sleep=clock.sleep, clock=clock)
+    assert fates(tmp_path) == {"Ab429cdEfgh": "gone", "b_b": "gone", "c": "failed"} and clock.slept == []
 
 
 def test_the_halves_of_a_killed_process_are_deleted(tmp_path):
