@@ -9,6 +9,7 @@ decoding begins: AAC may replace high frequencies with noise, and rounded time s
 samples.
 """
 
+import hashlib
 import json
 import mmap
 import os
@@ -28,8 +29,13 @@ LARGEST = 2**29  # bytes; limit for a video's frames, since it is decoded in mem
 EVER = 1e6  # seconds before and after a stream, to get all frames whatever span the container declares
 
 
+def _key(root: Path) -> str:
+    """Return a folder's name for the videos below a root: two data sets may have the same names."""
+    return hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+
+
 class DecodedVideos:
-    """Opens videos; each is decoded once and cached below `folder`.
+    """Opens videos; each is decoded once and cached in a folder of its root below `folder`.
 
     A video that does not decode completely, exceeds `LARGEST` or has frame times that run backwards is not cached. It
     is opened as a `VideoFile`, with the same clips and errors as ever.
@@ -48,7 +54,7 @@ class DecodedVideos:
             DecodeError: it cannot be opened.
             UserError: the cache cannot be written.
         """
-        path, kept = root / name, self.folder / f"{name}.{self.sample_rate}.decoded"
+        path, kept = root / name, self.folder / _key(root) / f"{name}.{self.sample_rate}.decoded"
         try:
             status = os.stat(path)
         except (OSError, ValueError):

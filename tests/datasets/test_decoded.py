@@ -95,7 +95,7 @@ def test_even_windows_are_those_without(tmp_path, videos, opened):
         opened.clear()
         assert_same(samples(EvenClips(videos, CENTRE, 3, kept)), expected)
     assert opened == []
-    assert (tmp_path / "sub/bframes (#&!).mp4.8000.decoded").is_file()
+    assert len(list(tmp_path.glob("*/sub/bframes (#&!).mp4.8000.decoded"))) == 1
 
 
 def test_frames_are_the_nearest_ones_wherever_a_clip_starts(tmp_path, videos):
@@ -120,6 +120,20 @@ def test_sound_is_kept_at_its_rate(tmp_path, videos):
         outside = file.read(audio_start=-3.0, audio_seconds=9.0, sample_rate=8000).waveform
     assert outside.shape == (72000,) and not outside[:20000].any() and not outside[45000:].any()
     assert np.abs(outside[24500:39500]).max() > 0.4
+
+
+def test_two_roots_with_the_same_names_are_kept_apart(tmp_path, make_video, opened, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lists = [VideoList(root, ["clip.mp4"]) for root in ("a", "b")]
+    for seconds, videos in enumerate(lists, start=1):
+        videos.root.mkdir()
+        make_video(videos.path(0), seconds=seconds)
+    first = [samples(training(videos, tmp_path / "kept")) for videos in lists]
+    opened.clear()
+    for videos, expected in zip(lists, first, strict=True):
+        assert_same(samples(training(videos, tmp_path / "kept")), expected)
+    samples(training(VideoList(tmp_path / "a", ["clip.mp4"]), tmp_path / "kept"))
+    assert opened == []
 
 
 @pytest.mark.parametrize("change", ["other content", "another time"])
@@ -154,7 +168,7 @@ def test_a_kept_file_that_is_not_whole_is_made_anew(tmp_path, make_video, damage
     videos, store = VideoList(tmp_path, ["clip.mp4"]), tmp_path / "kept"
     make_video(tmp_path / "clip.mp4", seconds=1.0)
     expected = samples(training(videos, store))
-    (kept,) = store.iterdir()
+    (kept,) = store.rglob("*.decoded")
     whole = kept.read_bytes()
     kept.write_bytes(damage(whole))
     assert_same(samples(training(videos, store)), expected)
@@ -201,7 +215,7 @@ def test_processes_may_decode_the_same_video_at_once(tmp_path, videos):
     loaders = [make_loader(training(one, kept), 2, batch_sampler=keys) for kept in (tmp_path, None)]
     for batch, expected in zip(*loaders, strict=True):
         assert_same([batch], [expected])
-    assert [path.name for path in tmp_path.iterdir()] == ["odd.mp4.8000.decoded"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["odd.mp4.8000.decoded"]
 
 
 def losses(folder, name):
@@ -223,7 +237,7 @@ def test_a_run_has_the_losses_of_one_without(tmp_path, ten):
     for name, once in (("plain", False), ("kept", True)):
         file = write_config(tmp_path, ten, name, dataset__decode_once=once, **changes)
         run(file, script="main-vicreg.py")
-    assert len(list((tmp_path / "cache/decoded").iterdir())) == 10
+    assert len(list((tmp_path / "cache/decoded").rglob("*.decoded"))) == 10
     plain = losses(tmp_path, "plain")
     assert len(plain) >= 4 and losses(tmp_path, "kept") == pytest.approx(plain, rel=1e-4)
 
