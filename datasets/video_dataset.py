@@ -32,7 +32,7 @@ from utils.processes import cores
 
 log = logging.getLogger("avssrl")
 
-MAX_ATTEMPTS = 10  # videos tried for one sample before it is returned with failures only
+MAX_ATTEMPTS = 10  # places of the epoch whose videos are tried for one sample before it is returned with failures only
 
 
 class VideoList:
@@ -160,7 +160,7 @@ class TrainingClips(Dataset):
     """Random clips for training. Keys are (epoch, position); the sample of a key depends only on the seed.
 
     A sample is a clip and its sound or, with `pairs`, two clips of a video without sound (VICReg-Video). A video that
-    cannot be decoded is replaced by one about half an epoch later and listed in the sample's `failures`. With
+    cannot be decoded is replaced by another one about half an epoch later and listed in the sample's `failures`. With
     `decoded`, each video is decoded only once.
     """
 
@@ -188,10 +188,13 @@ class TrainingClips(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, position = key
-        order, failures = self.order(epoch), []
+        order, tried, failures = self.order(epoch), set(), []
         for attempt in range(MAX_ATTEMPTS):
             step = len(order) // 2 + attempt if attempt else 0
             video = int(order[(position + step) % len(order)])
+            if video in tried:
+                continue
+            tried.add(video)
             rng = np.random.default_rng((self.seed, epoch, position, attempt))
             try:
                 return self._load(video, rng) | {"failures": failures}
@@ -395,24 +398,30 @@ class EpochBatches(Sampler):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack the samples of a batch and join their `failures`.
+    """Stack the samples of a batch and join their `failures`; `failed` counts the samples that have any.
 
-    If any sample holds only failures, so does the batch: there are no partial batches.
+    If a sample holds only failures, so does the batch, and they are also its `unreadable`: there are no partial
+    batches.
     """
-    batch = {"failures": [failure for sample in samples for failure in sample["failures"]]}
-    if any("frames" not in sample for sample in samples):
-        return batch
-    for key in samples[0].keys() - {"failures"}:
-        # default_collate stacks in shared memory in a worker, which saves a copy of the frames
-        batch[key] = default_collate([torch.as_tensor(sample[key]) for sample in samples])
-    return batch
+    failures = [sample["failures"] for sample in samples if sample["failures"]]
+    batch = {"failures": [failure for sample in failures for failure in sample], "failed": len(failures)}
+    for sample in samples:
+        if "frames" not in sample:
+            return batch | {"unreadable": sample["failures"]}
+    return batch | _stack(samples)
 
 
 def collate_readable(samples: list[dict]) -> dict:
-    """Like `collate`, but skip samples that could not be decoded. For evaluation, where they are not replaced."""
+    """Stack the samples that could be decoded and join all `failures`. For evaluation, where none is replaced."""
     failures = [failure for sample in samples for failure in sample["failures"]]
     readable = [sample for sample in samples if "frames" in sample]
-    return (collate(readable) if readable else {}) | {"failures": failures}
+    return (_stack(readable) if readable else {}) | {"failures": failures}
+
+
+def _stack(samples: list[dict]) -> dict:
+    # default_collate stacks in shared memory in a worker, which saves a copy of the frames
+    keys = samples[0].keys() - {"failures"}
+    return {key: default_collate([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
 
 
 def make_loader(

@@ -15,6 +15,8 @@ log = logging.getLogger("avssrl")
 class BadVideos:
     """Decoding failures of a run, written to `<folder>/bad-videos.csv` (file, reason, count).
 
+    A sample fails if its own video cannot be decoded, however many are tried in its place.
+
     Args:
         folder: the run's folder.
         most: fraction of an epoch's samples that may fail.
@@ -26,6 +28,7 @@ class BadVideos:
         self.most, self.samples = most, samples
         self._counts: dict[str, list] = {}
         self._pending: list[tuple[str, str]] = []
+        self._failed = 0  # samples, of this process, since the last `collect`
         self._epoch, self._in_epoch = 0, 0
 
     def record(self, batch: dict) -> None:
@@ -35,22 +38,26 @@ class BadVideos:
             UserError: none of the videos tried for a sample could be read.
         """
         self._pending += batch["failures"]
-        if "frames" not in batch:
+        self._failed += batch["failed"]
+        if "unreadable" in batch:
             self._flush(self._pending)
-            name, reason = batch["failures"][-1]
-            raise UserError(f"no readable video: {len(batch['failures'])} in a row failed; last {name}: {reason}")
+            number, (name, reason) = len(batch["unreadable"]), batch["unreadable"][-1]
+            raise UserError(
+                f"no readable video for a sample: all {number} that were tried failed; last {name}: {reason}"
+            )
 
     def collect(self, epoch: int) -> int:
-        """Collect the failures of all ranks and return the epoch's count. Every rank must call it.
+        """Collect the failures of all ranks and return the epoch's failed samples. Every rank must call it.
 
         Raises:
             UserError: more than the allowed fraction of the epoch's samples failed.
         """
-        pending = [failure for failures in gather_objects(self._pending) for failure in failures]
-        self._pending = []
+        gathered = gather_objects((self._pending, self._failed))
+        pending = [failure for failures, _ in gathered for failure in failures]
+        self._pending, self._failed = [], 0
         if epoch != self._epoch:
             self._epoch, self._in_epoch = epoch, 0
-        self._in_epoch += len(pending)
+        self._in_epoch += sum(failed for _, failed in gathered)
         self._flush(pending)
         if self._in_epoch > self.most * self.samples:
             raise UserError(

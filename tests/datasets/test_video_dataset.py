@@ -13,7 +13,6 @@ import torch
 from datasets import sampling
 from datasets.preprocessing import crop_and_resize
 from datasets.video_dataset import (
-    MAX_ATTEMPTS,
     ClipRecipe,
     EpochBatches,
     EvenClips,
@@ -203,7 +202,17 @@ def test_nothing_readable_gives_a_batch_of_failures(tmp_path):
         (tmp_path / f"{i}.mp4").write_text("no video")
     clips = TrainingClips(VideoList(tmp_path, [f"{i}.mp4" for i in range(3)]), RECIPE, 1, seed=0)
     batch = collate([clips[0, 0], clips[0, 1]])
-    assert set(batch) == {"failures"} and len(batch["failures"]) == 2 * MAX_ATTEMPTS
+    assert set(batch) == {"failures", "failed", "unreadable"} and batch["failed"] == 2
+    assert sorted(batch["failures"][:3]) == sorted(batch["failures"][3:]), "each video is tried once for a sample"
+    assert batch["unreadable"] == batch["failures"][:3]
+
+
+def test_of_two_videos_the_good_one_replaces_the_bad(videos):
+    pair = VideoList(videos.root, [videos.name(0), videos.name(4)])
+    clips = TrainingClips(pair, RECIPE, 1, seed=0)
+    for position, video in enumerate(clips.order(0)):
+        sample = clips[0, position]
+        assert sample["index"] == 0 and len(sample["failures"]) == video
 
 
 def test_pairs_are_two_clips_of_one_silent_video(videos):
@@ -219,6 +228,7 @@ def test_even_windows_leave_out_what_cannot_be_read(videos):
     batch = collate_readable([clips[i] for i in range(6)])
     assert batch["index"].tolist() == [0, 1, 2, 3] and len(batch["failures"]) == 2
     assert set(collate_readable([clips[4]])) == {"failures"}
+    assert "failed" not in batch, "which is for training alone"
 
 
 def test_even_windows_show_the_middle_of_their_sound(videos, frame_index):

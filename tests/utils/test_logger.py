@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from datasets.video_dataset import collate
 from utils import logger, report
 from utils.bad_videos import BadVideos
 from utils.errors import RunFailed, UserError
@@ -67,17 +68,32 @@ def test_bad_videos_that_cannot_be_noted_end_in_a_line(tmp_path):
 
 def test_epochs_are_counted_from_one_in_what_is_told(tmp_path):
     bad = BadVideos(tmp_path, 0.1, 10)
-    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": None})
+    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "failed": 2})
     with pytest.raises(UserError, match="2 of the 10 samples of epoch 1 could not be decoded"):
         bad.collect(0)
 
 
+def test_samples_are_counted_not_attempts(tmp_path):
+    bad = BadVideos(tmp_path, 0.1, 10)
+    samples = [{"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": 0}, {"failures": [], "frames": 0}]
+    bad.record(collate(samples))
+    assert bad.collect(0) == 1
+    assert "a.mp4,broken,1\r\nb.mp4,broken,1" in (tmp_path / "bad-videos.csv").read_bytes().decode()
+
+
+def test_a_sample_that_has_no_readable_video_is_told_apart(tmp_path):
+    first, last = {"failures": [("a.mp4", "broken"), ("b.mp4", "cut")]}, {"failures": [("c.mp4", "gone")], "frames": 0}
+    with pytest.raises(UserError, match="for a sample: all 2 that were tried failed; last b.mp4: cut"):
+        BadVideos(tmp_path, 1.0, 10).record(collate([first, last]))
+    assert "c.mp4,gone,1" in (tmp_path / "bad-videos.csv").read_text()
+
+
 def test_a_run_that_goes_on_counts_bad_videos_on(tmp_path):
     bad, again = BadVideos(tmp_path, 0.2, 10), BadVideos(tmp_path, 0.2, 10)
-    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "frames": None})
+    bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "failed": 2})
     assert bad.collect(1) == 2
     again.load_state_dict(bad.state_dict())
-    again.record({"failures": [("a.mp4", "broken")], "frames": None})
+    again.record({"failures": [("a.mp4", "broken")], "failed": 1})
     with pytest.raises(UserError, match="3 of the 10 samples of epoch 2 could not be decoded"):
         again.collect(1)
     assert "a.mp4,broken,2" in (tmp_path / "bad-videos.csv").read_text()
