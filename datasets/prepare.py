@@ -6,8 +6,8 @@
 
 PREPARED has RAW's layout and file names (even if they end in .avi; readers detect the format from the content), so
 every configuration works with either. An interrupted run resumes: finished files are skipped while the raw file (size,
-modification time) and the options are unchanged. A video that cannot be prepared does not affect the others, even if it
-crashes the decoder or exceeds `--time-limit`; its line in manifest.csv gives the reason.
+modification time), the options and the encoder's settings are unchanged. A video that cannot be prepared does not
+affect the others, even if it crashes the decoder or exceeds `--time-limit`; its line in manifest.csv gives the reason.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datasets import folder, vggsound
 from datasets.contact_sheet import draw_contact_sheet
 from datasets.manifest import FILE, append_rows, read_rows, size_and_time, write_rows
-from datasets.transcode import Facts
+from datasets.transcode import Facts, recipe, recipe_of_inspection
 from datasets.work_pool import TRY_AGAIN, run_jobs
 from utils.cli import at_least, run_script
 from utils.errors import UserError
@@ -100,8 +100,8 @@ def write_shard(
         Whether the manifest was written: every video has a line.
     """
     raw, out, report = Path(args.root), Path(args.out) if args.out else None, part.parent
-    recipe = "check" if args.check else f"{args.short_side} {args.fps}"
-    prints = {name: fingerprint(raw / name, recipe) for name in names}
+    meaning = recipe_of_inspection() if args.check else recipe(args.short_side, fps)
+    prints = {name: fingerprint(raw / name, meaning) for name in names}
     known = collect_rows(report, prints, out)
     own = names[shard[0] - 1 :: shard[1]]
     rows = {name: known[name] for name in own if name in known}
@@ -159,9 +159,9 @@ def find_videos(dataset: str, raw: Path) -> Iterator[str]:
             yield from (os.path.normpath(os.path.join(top, name)) for name in folder.find(raw / top))
 
 
-def fingerprint(file: Path, recipe: str) -> str:
+def fingerprint(file: Path, meaning: str) -> str:
     """Hash a raw file's size and modification time and the recipe, to detect outdated prepared files."""
-    return hashlib.sha256(f"{size_and_time(file)} {recipe}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{size_and_time(file)} {meaning}".encode()).hexdigest()[:16]
 
 
 def is_done(row: dict, source: str | None, out: Path | None) -> bool:

@@ -27,6 +27,12 @@ QUALITY = 18  # x264's crf; 18 is considered visually lossless
 SAMPLE_RATE = 16000  # Hz
 AUDIO_FRAME = 4096  # samples
 CLOCK = 90000  # ticks per second of the frames' time stamps
+ENCODER = {
+    "preset": "fast",
+    "tune": "fastdecode",
+    "crf": str(QUALITY),
+    "x264-params": f"keyint={GOP}:min-keyint={GOP}:scenecut=0:open-gop=0:bframes={B_FRAMES}:b-adapt=0:b-pyramid=none",
+}
 # the delay of the later stream is stored in ticks of the movie's clock, so SAMPLE_RATE and CLOCK must both divide it
 CONTAINER = {"movflags": "+faststart", "movie_timescale": "720000"}
 SILENT = -60.0  # dBFS; a track below this loudness counts as silent
@@ -87,6 +93,16 @@ def transcode(
     return facts
 
 
+def recipe(short_side: int, fps: float | None) -> str:
+    """Return all that, besides the raw file, determines what `transcode` writes."""
+    return f"{short_side} {fps and float(fps)} {SAMPLE_RATE} {AUDIO_FRAME} {CLOCK} {CONTAINER} {ENCODER}"
+
+
+def recipe_of_inspection() -> str:
+    """Return all that, besides the raw file, determines what `inspect` returns."""
+    return f"check {SAMPLE_RATE} {SILENT} {STILL} {THUMBNAIL}"
+
+
 def inspect(source: str | os.PathLike) -> Facts:
     """Return the facts about a raw file by decoding all of it. Raises DecodeError if that fails."""
     try:
@@ -124,13 +140,7 @@ def _write(file: VideoFile, target: Path, short_side: int, fps: float | None) ->
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         video.codec_context.time_base = Fraction(1, CLOCK)
         video.codec_context.thread_count = 1
-        video.options = {
-            "preset": "fast",
-            "tune": "fastdecode",
-            "crf": str(QUALITY),
-            "x264-params": f"keyint={GOP}:min-keyint={GOP}:scenecut=0:open-gop=0:"
-            f"bframes={B_FRAMES}:b-adapt=0:b-pyramid=none",
-        }
+        video.options = dict(ENCODER)
         track = _add_audio(out) if len(waveform) else None
         turn, last_tick = info.rotation // 90, -1
         stored = (height, width) if turn % 2 else (width, height)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from datasets import build_videos
+from datasets import build_videos, transcode
 from datasets.decoding import probe
 from datasets.evaluation import data_fingerprint, present_videos
 from datasets.manifest import COLUMNS, FILE, append_rows, manifest_of, read_rows, write_rows
@@ -158,6 +158,17 @@ def test_what_is_finished_is_not_done_again(raw, tmp_path, monkeypatch, capsys):
     assert [name for name in CLIPS if before[name] != after[name]] == list(CLIPS[:2])
     prepare(monkeypatch, *arguments, "--short-side", 24)  # another recipe: all of it
     assert {row["height"] for row in read_rows(out / FILE) if not row["error"]} == {"24"}
+
+
+def test_a_recipe_is_what_it_does_not_how_it_is_spelt(raw, tmp_path, monkeypatch, capsys):
+    arguments = ("vggsound", "--root", raw, "--out", tmp_path / "out", "--workers", 1, "--fps")
+    prepare(monkeypatch, *arguments, "16")
+    capsys.readouterr()
+    prepare(monkeypatch, *arguments, "16.0")
+    assert "5 done before, 0 to do" in capsys.readouterr().out
+    monkeypatch.setitem(transcode.ENCODER, "crf", "30")
+    prepare(monkeypatch, *arguments, "16")
+    assert "0 done before, 5 to do" in capsys.readouterr().out
 
 
 def test_killed_and_run_again(make_video, tmp_path):
