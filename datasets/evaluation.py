@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datasets import sampling
+from datasets.decoder_run import SAME_TIME
 from datasets.decoding import DecodeError, VideoFile
 from datasets.manifest import manifest_of, missing_of, size_and_time
 from datasets.preprocessing import draw_video_augmentation, no_video_augmentation
@@ -180,7 +181,7 @@ def _nearest(times: np.ndarray, targets: np.ndarray) -> Tensor:
     """Return the index of the time nearest to each target (the earlier of two equally near)."""
     after = np.searchsorted(times, targets).clip(1, len(times) - 1) if len(times) > 1 else np.zeros(len(targets), int)
     before = np.maximum(after - 1, 0)
-    return torch.from_numpy(np.where(targets - times[before] <= times[after] - targets + 1e-9, before, after))
+    return torch.from_numpy(np.where(targets - times[before] <= times[after] - targets + SAME_TIME, before, after))
 
 
 class SharedBatches(Sampler):

@@ -1,7 +1,8 @@
 """`manifest.csv` of a prepared folder: one line per video, so that the disk need not be searched.
 
-If `dataset.root` holds a manifest, the data sets read their video names from it without looking at any file, so that
-200,000 videos are listed in seconds on any file system. Videos with an error are skipped.
+If `dataset.root` holds a manifest, `vggsound` and `folder` list the videos in it, without those that have an error, and
+look at no file, so that 200,000 are listed in seconds on any file system. The videos of `ucf101` and `hmdb51` are those
+of the published lists; of these, the manifest says which are there.
 """
 
 import csv

@@ -17,7 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from datasets.decoder_run import MediaError
+from datasets.decoder_run import SAME_TIME, MediaError
 from datasets.decoding import DecodeError, VideoFile
 from utils.errors import UserError
 
@@ -193,7 +193,7 @@ def _at_rate(frames: Iterator[tuple], fps: float | None) -> Iterator[tuple]:
     for time, frame in _with_end(frames):
         start = time if start is None else start
         while (wanted := start + count / fps) <= time:
-            nearer = before is not None and wanted - before[0] <= time - wanted + 1e-9
+            nearer = before is not None and wanted - before[0] <= time - wanted + SAME_TIME
             yield wanted, before[1] if nearer or frame is None else frame
             count += 1
         before = time, frame
