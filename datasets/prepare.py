@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -117,7 +117,7 @@ def write_shard(
     write_rows(part, rows.values())
     if out is not None:
         retract_manifest(report, todo)
-    outcomes = run_jobs(jobs, args.workers, args.time_limit)
+    outcomes = without_leftovers(run_jobs(jobs, args.workers, args.time_limit), out)
     done = (row_of(name, labels[name], outcome, prints[name], out) for name, outcome in outcomes)
     for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
@@ -239,6 +239,23 @@ def row_of(name: str, label: str, outcome: Facts | str, source: str, out: Path |
         return row | {"error": outcome}
     size = {} if out is None else {"bytes": _size(out / name)}
     return row | dataclasses.asdict(outcome) | {"still": int(outcome.still)} | size
+
+
+def without_leftovers(
+    outcomes: Iterable[tuple[str, Facts | str]], out: Path | None
+) -> Iterator[tuple[str, Facts | str]]:
+    """Yield the outcomes. A video that could not be prepared leaves no older file, as its line says that there is none.
+
+    Raises:
+        UserError: the older file cannot be deleted.
+    """
+    for name, outcome in outcomes:
+        if out is not None and isinstance(outcome, str):
+            try:
+                (out / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{out / name}: is outdated and cannot be deleted: {error.strerror}") from None
+        yield name, outcome
 
 
 def retract_manifest(report: Path, todo: list[str]) -> None:

@@ -160,6 +160,19 @@ def test_what_is_finished_is_not_done_again(raw, tmp_path, monkeypatch, capsys):
     assert {row["height"] for row in read_rows(out / FILE) if not row["error"]} == {"24"}
 
 
+def test_what_can_no_longer_be_prepared_leaves_no_older_file(tmp_path, make_video, monkeypatch):
+    """Lists of UCF-101 name it all the same, and training would take the older file."""
+    root, out = make_ucf(tmp_path / "ucf", make_video, train=1, test=1), tmp_path / "out"
+    arguments = ("ucf101", "--root", root, "--out", out, "--workers", 1)
+    prepare(monkeypatch, *arguments)
+    raw = sorted((root / "videos").rglob("*.mp4"))[0]
+    assert (out / raw.relative_to(root)).is_file()
+    raw.write_text("no video")
+    prepare(monkeypatch, *arguments)
+    assert not (out / raw.relative_to(root)).exists()
+    assert len(list((out / "videos").rglob("*.mp4"))) == 3
+
+
 def test_a_recipe_is_what_it_does_not_how_it_is_spelt(raw, tmp_path, monkeypatch, capsys):
     arguments = ("vggsound", "--root", raw, "--out", tmp_path / "out", "--workers", 1, "--fps")
     prepare(monkeypatch, *arguments, "16")
