@@ -30,7 +30,7 @@ from models.linear_probe import LinearProbe, mean_losses
 from utils import evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles
-from utils.distributed import gather_objects, is_main, launch
+from utils.distributed import broadcast_object, gather_objects, is_main, launch
 from utils.errors import RunFailed, UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
 from utils.frozen import FrozenEncoder
@@ -53,7 +53,6 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """Run one process of the evaluation: all folds and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
-    evaluation.clear(args, cfg, model_cfg)
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
@@ -93,7 +92,7 @@ def evaluate_fold(
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
     failures = evaluation.Failures(args.allow_missing, states)
-    evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
+    evaluation.begin_fold(args, cfg, model_cfg, fold, anew=not states)
 
     stage("Features")
     num_epochs, num_quick = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]
@@ -138,9 +137,11 @@ def evaluate_fold(
             probe.epoch, stopping = epoch + 1, stop.on_any_rank()
             if probe.epoch % cfg["test_freq"] and probe.epoch != num_epochs and not stopping:
                 continue
+            figures = mean_losses(history)  # empty on ranks other than 0
+            headline = [figures.get(f"loss {name} {base_rate:g}", 0.0) for name in extractor.names]
+            if not broadcast_object(all(map(math.isfinite, headline))):
+                raise RunFailed(f"{part.name}, epoch {probe.epoch}: the loss is not finite; lower optimizer.lr.base_lr")
             if is_main():
-                figures = mean_losses(history)
-                _check_losses(figures, base_rate, f"{part.name}, epoch {probe.epoch}")
                 if tests is not None:
                     figures |= quick_test(probe.logits, tests, part.test, part.test_labels, num_quick)
                 log.info("epoch %d/%d: %s", probe.epoch, num_epochs, in_words(figures))
@@ -172,13 +173,6 @@ def evaluate_fold(
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)
-
-
-def _check_losses(figures: dict[str, float], base_rate: float, place: str) -> None:
-    """Raise RunFailed unless the losses at the headline's learning rate are finite; others may diverge."""
-    for name, loss in figures.items():
-        if name.endswith(f" {base_rate:g}") and not math.isfinite(loss):
-            raise RunFailed(f"{place}: {name} is {loss}; lower optimizer.lr.base_lr, and check the encoder's weights")
 
 
 def clip_features(

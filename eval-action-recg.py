@@ -29,7 +29,7 @@ from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles, for_batch
 from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
-from utils.errors import RunFailed
+from utils.errors import RunFailed, UserError
 from utils.features import clip_outputs, rows_of
 from utils.frozen import tensor_hash
 from utils.logger import MetricsWriter, StepClock, duration, in_words, log, parameter_summary, stage, start_run
@@ -53,7 +53,6 @@ def main() -> None:
 def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
     """Run one process of the evaluation: all folds and their mean."""
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
-    evaluation.clear(args, cfg, model_cfg)
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:
@@ -78,6 +77,7 @@ def evaluate_fold(
         log.info("%s", part)
 
     stage("Encoder")
+    Precision(cfg["precision"], device)  # fail early if it is not possible here
     torch.manual_seed(cfg["seed"])
     backbone = build_model(model_cfg["model"]).video_model
     origin = evaluation.load_encoder(backbone, args, model_cfg)
@@ -87,7 +87,7 @@ def evaluate_fold(
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
-    evaluation.begin_fold(folder, {"evaluation": cfg, "pretraining": model_cfg}, anew=not states)
+    evaluation.begin_fold(args, cfg, model_cfg, fold, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing, states), {}
     writer = MetricsWriter(folder, None if states else 0)
     for part in data.parts:
@@ -191,7 +191,10 @@ def fine_tune(
             optimizer = build_optimizer(schedule, model)
             net = wrap(model, cfg["compile"], device)
         if epoch == start_epoch and state is not None and state["warming"] == warming:
-            optimizer.load_state_dict(state["optimizer"])
+            try:
+                optimizer.load_state_dict(state["optimizer"])
+            except ValueError as error:  # stored by an older version, which trained stages behind the feature, too
+                raise UserError(f"{stored.file}: {error}; start from scratch with --set resume=false") from None
         model.train()
         model.video_model.train(not warming)
         if epoch in (start_epoch, warmup) and compiles(cfg["compile"], device):

@@ -29,13 +29,11 @@ LARGEST = 2**29  # bytes; limit for a video's frames, since it is decoded in mem
 EVER = 1e6  # seconds before and after a stream, to get all frames whatever span the container declares
 
 
-def _key(root: Path) -> str:
-    """Return a folder's name for the videos below a root: two data sets may have the same names."""
-    return hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-
-
 class DecodedVideos:
-    """Opens videos; each is decoded once and cached in a folder of its root below `folder`.
+    """Opens videos; each is decoded once and cached below `folder`.
+
+    A cached file's name holds the video's and a hash of its size and modification time: another data set's of the same
+    name is another file, and a copy that kept its time is the same. Files of videos that are gone may be deleted.
 
     A video that does not decode completely, exceeds `LARGEST` or has frame times that run backwards is not cached. It
     is opened as a `VideoFile`, with the same clips and errors as ever.
@@ -54,12 +52,14 @@ class DecodedVideos:
             DecodeError: it cannot be opened.
             UserError: the cache cannot be written.
         """
-        path, kept = root / name, self.folder / _key(root) / f"{name}.{self.sample_rate}.decoded"
+        path = root / name
         try:
             status = os.stat(path)
         except (OSError, ValueError):
             return VideoFile(path)
         stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
+        kept = self.folder / f"{name}.{digest}.{self.sample_rate}.decoded"
         found = _map(kept, stamp)
         if found is None:
             self._keep(path, kept, stamp)

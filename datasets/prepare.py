@@ -113,6 +113,8 @@ def write_shard(
     print(
         f"{len(names)} videos below {raw}, shard {shard[0]} of {shard[1]}: {len(rows)} done before, {len(todo)} to do"
     )
+    if again := _prepared_before(report, todo):
+        print(f"{again} of these were prepared before, from another file, with other options or by another version")
     jobs = [(name, (raw / name, out and out / name, args.short_side, fps)) for name in todo]
     write_rows(part, rows.values())
     if out is not None:
@@ -183,6 +185,13 @@ def _size(file: Path) -> str:
         return str(file.stat().st_size)
     except OSError:
         return "absent"
+
+
+def _prepared_before(report: Path, names: list[str]) -> int:
+    """Count the names of which the manifest or a part says that they were prepared."""
+    files = [report / FILE, *report.glob(PART.format("*", "*"))]
+    listed = {row["path"] for file in files for row in read_rows(file) if not row["error"]}
+    return len(listed.intersection(names))
 
 
 def collect_rows(report: Path, prints: dict[str, str], out: Path | None, all_errors: bool = False) -> dict[str, dict]:

@@ -32,7 +32,7 @@ from utils.processes import cores
 
 log = logging.getLogger("avssrl")
 
-MAX_ATTEMPTS = 10  # places of the epoch whose videos are tried for one sample before it is returned with failures only
+MAX_ATTEMPTS = 10  # places tried for one sample; a video that comes again is skipped
 
 
 class VideoList:

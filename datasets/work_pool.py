@@ -14,11 +14,8 @@ from utils.processes import ctrl_c_for_the_parent, end_with_parent
 Job = tuple[str, tuple]
 CRASHED, TOO_LONG, UNEXPECTED = "the decoder crashed", "not done within", "an unexpected error: "
 ERRORS = (*MediaError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
-TRY_AGAIN = (
-    CRASHED,
-    TOO_LONG,
-    UNEXPECTED,
-)  # not always the file's fault: memory may have run out, or the machine was busy
+# Not always the file's fault: memory may have run out, or the machine was busy.
+TRY_AGAIN = (CRASHED, TOO_LONG, UNEXPECTED)
 
 
 def run_jobs(

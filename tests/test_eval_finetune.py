@@ -208,6 +208,24 @@ def test_a_test_that_a_signal_cut_short_is_made_up_for(cfgs, tmp_path):
     assert (folder / "metrics.jsonl").read_text().splitlines()[3] == whole[3]
 
 
+def test_a_start_from_scratch_forgets_the_classifiers_of_all_folds(cfgs, tmp_path, ucf):
+    root = tmp_path / "ucf"
+    shutil.copytree(ucf, root)
+    for name in ("train", "test"):
+        lists = root / "ucfTrainTestlist"
+        shutil.copy(lists / f"{name}list01.txt", lists / f"{name}list02.txt")
+    cfg, model = cfgs(root=root, optimizer__num_epochs=1)
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.num_folds=2")
+    first, second = sorted(tmp_path.glob("runs/**/checkpoint.pth.tar"))
+    tiny_evaluation.mistake(SCRIPT, cfg, model, "--random-weights", "--set", "precision=fp16")
+    assert first.exists() and second.exists()
+    started = tiny.Started(cfg, model, "--random-weights", "--set", "dataset.num_folds=2", script=SCRIPT)
+    tiny.wait_until(lambda: not second.exists())
+    started.signal(signal.SIGUSR1)
+    assert started.wait(60).returncode in (75, -signal.SIGUSR1)
+    assert not second.exists()  # or --resume would take it up
+
+
 def test_folds_that_are_there_are_taken_into_the_mean(cfgs, tmp_path, ucf):
     root = tmp_path / "ucf"
     shutil.copytree(ucf, root)

@@ -245,7 +245,20 @@ def test_nothing_is_deleted_while_another_process_writes(cfgs, tmp_path):
     with subprocess.Popen([sys.executable, "-c", writer, folder / "train.log"], **pipes) as other:
         other.stdout.readline()
         assert "another process is writing there" in fail(cfg, model, "--random-weights")
+        assert "another process" not in (folder / "train.log").read_text()  # it is the other's log
+        assert "another process is writing there" in fail(
+            cfg, model, "--random-weights", "--set", "dataset.num_folds=1"
+        )
         other.stdin.close()
+    assert (folder / "results.json").exists() and (folder / "checkpoint.pth.tar").exists()
+
+
+def test_mistakes_delete_nothing(cfgs, tmp_path):
+    cfg, model = cfgs()
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    folder = next(tmp_path.glob("runs/**/results.json")).parent
+    fail(cfg, model, "--random-weights", "--set", "precision=fp16")
+    fail(cfg, model, "--random-weights", "--set", "dataset.root=/nowhere")
     assert (folder / "results.json").exists() and (folder / "checkpoint.pth.tar").exists()
 
 
@@ -258,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_it_at_the_headlines_rate_alone(cfgs, tmp
     cfg, model = cfgs()
     other = ("--random-weights", "--set", "optimizer.other_lrs=[1.0e+38]")
     assert evaluate(tmp_path, cfg, model, *other)["epochs"]["all"]["done"] == 2
-    with pytest.raises(RunFailed, match="epoch 1: loss pool 1e[+]38 is nan; lower optimizer.lr.base_lr"):
+    with pytest.raises(RunFailed, match="all, epoch 1: the loss is not finite; lower optimizer.lr.base_lr"):
         evaluate(tmp_path, cfg, model, "--random-weights", "--set", "optimizer.lr.base_lr=1.0e+38")
 
 

@@ -318,7 +318,8 @@ def _plan_torchrun(options: argparse.Namespace, gpus: int, backend: str) -> Proc
     world, own_rank, local_rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     if options.world_size not in (None, 1, world):
         raise UserError(f"--world-size {options.world_size}: torchrun started {world} processes; omit it")
-    for name, value in (("nproc", options.nproc), ("rank", options.rank), ("dist-url", options.dist_url)):
+    url = options.dist_url if options.dist_url != "env://" else None
+    for name, value in (("nproc", options.nproc), ("rank", options.rank), ("dist-url", url)):
         if value is not None:
             raise UserError(f"--{name} {value}: torchrun sets the processes, their ranks and address; omit it")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

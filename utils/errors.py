@@ -67,7 +67,10 @@ def lost_worker(error: BaseException | None) -> str | None:
 
 
 def end_log(line: str) -> None:
-    """Write how the run ended to its log file, if one is open; the console gets the same line on stderr."""
+    """Write how the run ended to its log file, if this process has it open: rank 0, and with --quiet each.
+
+    The console gets the same line on stderr.
+    """
     for handler in logging.getLogger("avssrl").handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(logging.LogRecord("avssrl", logging.ERROR, __file__, 0, line, None, None))

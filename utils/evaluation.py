@@ -282,41 +282,48 @@ def _places(parts: Mapping[str, dict]) -> str:
     return ", ".join(f"{part} epoch {state['epoch']}, step {state.get('step', 0)}" for part, state in parts.items())
 
 
-def clear(args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
-    """Unless it resumes or only tests, delete what an earlier start of this evaluation left, in all of its folds.
-
-    Otherwise a start with --resume, after this one was stopped, would take up old classifiers.
-
-    Raises:
-        UserError: another process is writing to one of them; nothing is deleted.
-    """
-    if cfg["resume"] or cfg["test_only"] or not is_main():
-        return
-    folders = [fold_folder(args, cfg, model_cfg, fold) for fold in folds(cfg)]
-    with contextlib.ExitStack() as locks:
-        for folder in folders:
-            if (folder / LOG).exists():
-                lock(locks.enter_context((folder / LOG).open("a")), folder)
-        for folder in folders:
-            _delete_results(folder, (checkpoint.LATEST, checkpoint.PREVIOUS))
-        folds_file(args, cfg, model_cfg).unlink(missing_ok=True)
+_OF_A_TRAINING = ("results.json", "per-class-*.csv", "confusion-*.png", checkpoint.LATEST, checkpoint.PREVIOUS)
 
 
-def _delete_results(folder: Path, more: Iterable[str] = ()) -> None:
-    for pattern in ("results.json", "per-class-*.csv", "confusion-*.png", *more):
-        for file in folder.glob(pattern):
-            file.unlink()
-
-
-def begin_fold(folder: Path, config: dict, anew: bool) -> None:
+def begin_fold(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, anew: bool) -> None:
     """Write config.yaml on rank 0, and when training from scratch (`anew`) delete the results of an earlier training.
 
-    With `test_only` the training's config.yaml is left as it is.
+    Without `resume` the first fold deletes the classifiers of all: a later start with --resume would take them up. With
+    `test_only` the training's config.yaml is left as it is.
+
+    Raises:
+        UserError: another process is writing to one of the folds, and nothing is deleted; or something cannot be.
     """
-    if anew and is_main():
-        _delete_results(folder)
-    if not config["evaluation"]["test_only"]:
-        write_config(folder, config)
+    if not is_main():
+        return
+    folder = fold_folder(args, cfg, model_cfg, fold)
+    if anew:
+        clear(args, cfg, model_cfg, [fold] if cfg["resume"] or fold != folds(cfg)[0] else folds(cfg), locked=folder)
+    if not cfg["test_only"]:
+        write_config(folder, {"evaluation": cfg, "pretraining": model_cfg})
+
+
+def clear(
+    args: argparse.Namespace, cfg: dict, model_cfg: dict, numbers: Iterable[int], locked: Path | None = None
+) -> None:
+    """Delete results and classifiers of these folds, and the mean over folds. This process has `locked` one folder.
+
+    Raises:
+        UserError: another process is writing to one of them, and nothing is deleted; or something cannot be.
+    """
+    folders = [fold_folder(args, cfg, model_cfg, fold) for fold in numbers]
+    try:
+        with contextlib.ExitStack() as locks:
+            for folder in folders:
+                if folder != locked and (folder / LOG).exists():  # closing a file would release our own lock on it
+                    lock(locks.enter_context((folder / LOG).open("a")), folder)
+            for folder in folders:
+                for pattern in _OF_A_TRAINING:
+                    for file in folder.glob(pattern):
+                        file.unlink()
+            folds_file(args, cfg, model_cfg).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be replaced: {error.strerror}") from None
 
 
 def describe(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, kind: str) -> dict:

@@ -45,13 +45,17 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
     if is_main() or quiet:
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8", errors="surrogateescape"))
+        if is_main() and alone:
+            try:
+                lock(handlers[0].stream, folder)
+            except UserError:
+                handlers[0].close()  # not ours to write to
+                raise
     if not quiet:
         handlers.append(logging.StreamHandler(sys.stdout if is_main() else sys.stderr))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
-    if is_main() and alone:
-        lock(handlers[0].stream, folder)
 
 
 def stage(title: str) -> None:

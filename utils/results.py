@@ -28,7 +28,13 @@ log = logging.getLogger("avssrl")
 
 ACCURACIES = ("Clip@1", "Clip@5", "Video@1", "Video@5")
 
-OF_THE_FOLD = {"dataset.fold", "dataset.num_folds"}
+OF_THE_FOLD = {
+    "dataset.fold",
+    "dataset.num_folds",
+    "dataset.train.split",  # may end in the fold's number
+    "dataset.test.split",
+    "dataset.test_dense.split",
+}
 """Keys in which the recipes of an evaluation's folds differ."""
 CHECKPOINT = re.compile(r"^checkpoint-.*?-[0-9a-f]{6}(?=_|$)")  # a file's part of a variant; its name has any form
 

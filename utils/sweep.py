@@ -68,26 +68,27 @@ def sweep(args: argparse.Namespace, script_options: list[str]) -> None:
         print(f"{args.cfg}: feature_views is 0 (fresh crops every epoch); using {VIEWS}, to compute features only once")
         args.set = [*args.set, f"feature_views={VIEWS}"]
     runs, started, child = list(combinations(args)), time.monotonic(), Child()
-    if args.anew:
-        for run in runs:
-            clear(command(args, *run, script_options))
     for done, (model_cfg, random, ratio, seed) in enumerate(runs):
         left = duration((time.monotonic() - started) / done * (len(runs) - done)) if done else "?"
         method = RANDOM if random else Path(model_cfg).stem
         print(f"{done + 1}/{len(runs)} | {left} left | {method}, ratio {ratio:g}, few_shot_seed {seed}", flush=True)
         status = child.run(command(args, model_cfg, random, ratio, seed, script_options))
         if child.asked or status == STATUS[Preempted]:
-            again = "run it again without --anew" if args.anew else "run it again"
+            again = "run it again without --anew" if args.anew and done else "run it again"
             raise Preempted(f"stopped by a signal; {again} to go on")
         if status:
             raise RunFailed(f"{SCRIPT.name} ended with status {status} (see above); fix it and run this again")
+        if args.anew and not done:
+            for run in runs[1:]:
+                clear(command(args, *run, script_options))
     report_concepts(folders, args.out)
 
 
 def clear(command: list[str]) -> None:
     """Delete the results and classifiers of an evaluation: stopped half-way, the sweep goes on without `--anew`."""
     args = evaluation_parser(None).parse_args(command[2:])
-    evaluation.clear(args, *evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py"))
+    cfg, model_cfg = evaluation.load_evaluation(args, "MOSTWrapper", "eval-action-recg.py")
+    evaluation.clear(args, cfg, model_cfg, evaluation.folds(cfg))
 
 
 class Child:

@@ -35,8 +35,8 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        if lost_worker(error):
-            raise
+        if (message := lost_worker(error)) is not None:
+            raise RuntimeError(message) from error
         return None, _in_one_line(error)
 
 

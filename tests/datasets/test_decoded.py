@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import av
@@ -95,7 +96,7 @@ def test_even_windows_are_those_without(tmp_path, videos, opened):
         opened.clear()
         assert_same(samples(EvenClips(videos, CENTRE, 3, kept)), expected)
     assert opened == []
-    assert len(list(tmp_path.glob("*/sub/bframes (#&!).mp4.8000.decoded"))) == 1
+    assert len(list(tmp_path.glob("sub/bframes (#&!).mp4.*.8000.decoded"))) == 1
 
 
 def test_frames_are_the_nearest_ones_wherever_a_clip_starts(tmp_path, videos):
@@ -132,7 +133,8 @@ def test_two_roots_with_the_same_names_are_kept_apart(tmp_path, make_video, open
     opened.clear()
     for videos, expected in zip(lists, first, strict=True):
         assert_same(samples(training(videos, tmp_path / "kept")), expected)
-    samples(training(VideoList(tmp_path / "a", ["clip.mp4"]), tmp_path / "kept"))
+    shutil.copytree("a", "c")  # a job's copy, which keeps times
+    samples(training(VideoList(tmp_path / "c", ["clip.mp4"]), tmp_path / "kept"))
     assert opened == []
 
 
@@ -215,7 +217,8 @@ def test_processes_may_decode_the_same_video_at_once(tmp_path, videos):
     loaders = [make_loader(training(one, kept), 2, batch_sampler=keys) for kept in (tmp_path, None)]
     for batch, expected in zip(*loaders, strict=True):
         assert_same([batch], [expected])
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["odd.mp4.8000.decoded"]
+    (path,) = tmp_path.rglob("*.*")
+    assert path.name.startswith("odd.mp4.") and path.name.endswith(".8000.decoded")
 
 
 def losses(folder, name):
@@ -248,7 +251,7 @@ def test_a_disk_that_is_full_ends_a_run_with_one_line(tmp_path, ten):
     file = write_config(tmp_path, ten, "full", "main-vicreg.py", cache_dir=str(tmp_path / "full"), **changes)
     error = run(file, script="main-vicreg.py", status=2).stderr
     assert error.startswith("error: cache_dir: ") and error.count("\n") == 1
-    assert ".mov.0.decoded: could not be written" in error and "dataset.decode_once=false" in error
+    assert ".0.decoded: could not be written" in error and "dataset.decode_once=false" in error
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,16 @@ def test_a_sweep_makes_features_once_and_goes_on(swept):
     before, _, last = max(logs, key=os.path.getmtime).read_text().rpartition("---- Run")
     assert "epoch 2/2" in before and "epoch 2/2" not in last  # nothing was trained again
     anew = start("--anew")
-    tiny.wait_until(lambda: tiny.children(anew.processes[0].pid))
+    tiny.wait_until(lambda: not any(log.with_name(checkpoint.LATEST).exists() for log in logs[1:]))
     anew.signal(signal.SIGUSR1)
     assert "run it again without --anew to go on" in anew.wait().stderr
-    assert not any(log.with_name(checkpoint.LATEST).exists() for log in logs)  # none of the old ones is taken up
+    assert checkpoint.load(logs[0].with_name(checkpoint.LATEST))["parts"]  # the first was made anew
+
+
+def test_a_sweep_that_cannot_begin_anew_deletes_nothing(swept):
+    folder, start = swept
+    file = folder / "runs/net/eval-tiny/fold-01/few-shot-0.5-seed-1_rest-classes/checkpoint.pth.tar"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    assert start("--anew", "--set", "dataset.root=/nowhere").wait().returncode == 1
+    assert file.exists()

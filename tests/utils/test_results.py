@@ -121,7 +121,7 @@ def test_folds_of_other_recipes_are_not_averaged(tmp_path, caplog):
     for fold, rate in ((1, 0.5), (2, 1e-4), (3, 1e-4)):
         folder = tmp_path / f"VGGSound-N1024/eval-x/fold-{fold:02d}"
         folder.mkdir(parents=True)
-        recipe = {"optimizer.lr.base_lr": rate, "dataset.fold": fold}
+        recipe = {"optimizer.lr.base_lr": rate, "dataset.fold": fold, "dataset.train.split": f"trainlist0{fold}"}
         made = facts(fold, learning_rate=rate, recipe=recipe)
         results.finish_evaluation(folder, made, {"all": outcome(seed=fold, rate=rate)})
     assert sorted(row["folds"] for row in results.collect(tmp_path)) == [1, 2]
