@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import evaluation
+from datasets import evaluation, sampling
 from datasets.decoding import VideoFile
 from datasets.evaluation import (
     FreshClips,
@@ -107,6 +107,18 @@ def test_a_fresh_clip_is_coloured_where_the_recipe_augments(videos):
     )
     assert (plain == no_video_augmentation()).all()
     assert (first[1:] != plain[1:]).all() and (second[1:] != first[1:]).all()
+
+
+def test_every_fresh_clip_is_augmented_in_its_own_way(videos, monkeypatch):
+    """Two of one video, too; without augmentation, clips that start together are the same."""
+    monkeypatch.setattr(sampling, "anywhere", lambda *_: 1.0)
+    clips = FreshClips(videos.subset([0]), RECIPE, 6, seed=1, shuffle=False)
+    samples = [clips[0, position] for position in range(6)]
+    for name in ("frames", "video_aug"):
+        assert len({np.asarray(sample[name]).tobytes() for sample in samples}) == 6, name
+    with VideoFile(videos.path(0)) as file:
+        plain = read_frames(file, 1.0, RECIPE)
+    assert torch.equal(FreshClips(videos, replace(RECIPE, augment=False), 6, 1, shuffle=False)[0, 0]["frames"], plain)
 
 
 @pytest.mark.parametrize(("length", "batch"), [(8, 3), (7, 7), (1, 2), (10, 4)])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from datasets import sampling
-from datasets.preprocessing import crop_and_resize
+from datasets.decoding import VideoFile
+from datasets.preprocessing import crop_and_resize, no_video_augmentation
 from datasets.video_dataset import (
     ClipRecipe,
     EpochBatches,
@@ -23,6 +24,7 @@ from datasets.video_dataset import (
     cut_out,
     epoch_order,
     make_loader,
+    read_frames,
 )
 
 RECIPE = ClipRecipe(
@@ -129,6 +131,16 @@ def test_a_plain_random_crop_lies_anywhere():
     assert corners == {(top, left) for top in range(5) for left in range(5)}
 
 
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_a_random_crop_is_resized_as_asked_when_only_the_crop_is_read(videos, resize):
+    recipe = replace(RECIPE, resize=resize, crop_size=16)
+    with VideoFile(videos.path(0)) as file:
+        frames = torch.from_numpy(file.read(video_start=0.5, video_seconds=0.5, fps=8.0).frames)
+        clips = [read_frames(file, 0.5, recipe, np.random.default_rng(seed)) for seed in range(3)]
+    expected = [cut_out(frames, recipe, np.random.default_rng(seed)) for seed in range(3)]
+    assert torch.equal(torch.stack(clips), torch.stack(expected))
+
+
 def test_a_sample_has_the_promised_shapes(videos):
     sample = TrainingClips(good(videos), RECIPE, 2, seed=0)[0, 3]
     assert sample["frames"].shape == (4, 32, 32, 3) and sample["frames"].dtype == torch.uint8
@@ -151,6 +163,61 @@ def test_only_seed_epoch_and_position_decide(videos):
     (resumed,) = make_loader(TrainingClips(good(videos), RECIPE, 2, seed=5), 1, batch_sampler=late)
     assert same(resumed, first[1])
     assert not same(clips[1, 0], clips[2, 0]) and not same(clips[1, 0], TrainingClips(good(videos), RECIPE, 2, 6)[1, 0])
+
+
+@pytest.fixture(scope="module")
+def sound_in_the_middle(tmp_path_factory, make_video):
+    """A video of 3 s with sound from 1 s to 2 s."""
+    root = tmp_path_factory.mktemp("middle")
+    sound = {"audio_rate": 8000, "audio_codec": "pcm_s16le", "audio_start": 1.0, "audio_seconds": 1.0}
+    make_video(root / "a.mov", seconds=3.0, fps=16, **sound)
+    return VideoList(root, ["a.mov"])
+
+
+def heard(chirp, start):
+    """The half second of sound from `start`, at RECIPE's rate."""
+    return chirp((round(start * 8000) + np.arange(4000)) / 8000)
+
+
+def test_a_sample_shows_and_sounds_as_at_its_starts(sound_in_the_middle, frame_index, chirp, monkeypatch):
+    drawn, draw = [], sampling.audio_visual
+    monkeypatch.setattr(sampling, "audio_visual", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    recipe = replace(RECIPE, augment=False, crop_size=64, frame_size=64)
+    clips = TrainingClips(sound_in_the_middle, recipe, 40, seed=0)
+    for position in range(40):
+        sample = clips[0, position]
+        video, audio = drawn[position]
+        assert frame_index(sample["frames"][0].numpy()) == round(video * 16)
+        np.testing.assert_allclose(sample["waveform"], heard(chirp, audio), atol=1e-3)
+        assert (sample["video_aug"] == no_video_augmentation()).all() and sample["gain"] == 1
+        assert not sample["mel_mask"].any() and not sample["time_mask"].any()
+    starts = [video for video, _ in drawn]
+    assert min(starts) < 1.0 and max(starts) > 1.5, "pictures may lie where there is no sound"
+
+
+def test_even_windows_show_and_sound_as_at_their_starts(sound_in_the_middle, frame_index, chirp):
+    recipe = replace(RECIPE, video_seconds=1.0, crop_size=64, frame_size=64)
+    sample = EvenClips(sound_in_the_middle, recipe, windows=2)[0]
+    assert [frame_index(clip[0].numpy()) for clip in sample["frames"]] == [12, 20]  # at 0.75 s and 1.25 s
+    np.testing.assert_allclose(sample["waveform"], [heard(chirp, 1.0), heard(chirp, 1.5)], atol=1e-3)
+
+
+def test_every_sample_is_augmented_in_its_own_way(videos, monkeypatch):
+    """Two of one video, too."""
+    monkeypatch.setattr(sampling, "audio_visual", lambda *_: (0.625, 0.0))
+    masks = RECIPE.tfmask_params | {"time_mask_ratio": 0.9, "freq_mask_ratio": 0.9}
+    clips = TrainingClips(VideoList(videos.root, videos.names()[:1]), replace(RECIPE, tfmask_params=masks), 8, seed=0)
+    samples = [clips[0, position] for position in range(8)]
+    for name in ("frames", "video_aug", "gain", "mel_mask", "time_mask"):
+        assert len({np.asarray(sample[name]).tobytes() for sample in samples}) == 8, name
+
+
+def test_each_clip_of_a_pair_is_augmented_in_its_own_way(videos, monkeypatch):
+    monkeypatch.setattr(sampling, "two_apart", lambda *_: (0.625, 0.625))
+    clips = TrainingClips(VideoList(videos.root, videos.names()[:1]), RECIPE, 8, seed=0, pairs=True)
+    samples = [clips[0, position] for position in range(8)]
+    for name in ("frames", "video_aug"):
+        assert len({np.asarray(sample[key]).tobytes() for sample in samples for key in (name, name + "_2")}) == 16, name
 
 
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
@@ -178,6 +245,7 @@ def test_a_short_last_batch_is_kept_if_asked_for():
     batches = [list(EpochBatches(27, 8, rank=r, world_size=2, drop_last=False)) for r in range(2)]
     assert [len(batch) for batch in batches[0]] == [4, 4, 4, 1] == [len(batch) for batch in batches[1]]
     assert EpochBatches(27, 8).steps == 3 and EpochBatches(27, 8, drop_last=False).steps == 4
+    assert EpochBatches(25, 8, world_size=2, drop_last=False).steps == 3, "one clip is no batch for two processes"
 
 
 def test_a_bad_video_is_replaced_by_the_same_other_one_and_named(videos):
