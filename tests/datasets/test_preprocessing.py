@@ -34,6 +34,37 @@ def test_clips_keep_their_memory_layout():
     torch.testing.assert_close(prep.VideoPrep()(frames, IDENTITY.expand(2, 5)), clips, atol=1e-5, rtol=0)
 
 
+def shown(frames, factors, color):
+    """The clip of one video, with the mean and deviation of ImageNet taken back: (T, H, W, 3)."""
+    clip = prep.VideoPrep(color)(torch.tensor([frames], dtype=torch.uint8), torch.tensor([[0.0, *factors, 0.0]]))[0]
+    return clip.permute(1, 2, 3, 0) * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
+
+
+def test_clips_are_normalised_by_the_mean_and_deviation_of_imagenet():
+    frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 3)
+    expected = torch.tensor([[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]])
+    torch.testing.assert_close(prep.VideoPrep()(frames)[0, :, :, 0, 0].T, expected, atol=1e-4, rtol=0)
+
+
+def test_contrast_is_of_each_frame():
+    frames = [[[[51] * 3, [51] * 3]], [[[204] * 3, [204] * 3]]]  # one dark, one bright
+    found = shown(frames, (1.0, 2.0, 1.0), (0.0, 1.0, 0.0, 0.0))
+    torch.testing.assert_close(found, torch.tensor(frames) / 255, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "factors", "expected"),
+    [
+        ([[204] * 3, [51] * 3], (2.0, 0.5, 1.0), [[0.85] * 3, [0.55] * 3]),  # 0.8 and 0.2 become 1 and 0.4, of mean 0.7
+        ([[255, 0, 0]] * 2, (1.0, 2.0, 0.5), [[0.6495, 0.1495, 0.1495]] * 2),  # red has a gray of 0.299
+        ([[255, 0, 0]] * 2, (1.0, 1.0, 2.0), [[1.0, 0.0, 0.0]] * 2),
+    ],
+)
+def test_each_step_is_clipped_before_the_next(pixels, factors, expected):
+    found = shown([[pixels]], factors, (1.0, 1.0, 1.0, 0.0))
+    torch.testing.assert_close(found[0, 0], torch.tensor(expected), atol=1e-5, rtol=0)
+
+
 class Crossings(TorchDispatchMode):
     """Notes the operations whose tensors are on more than one device."""
 
@@ -185,6 +216,19 @@ def test_mel_filters_of_an_odd_window_lie_where_its_bins_do():
     for row, (low, centre, high) in zip(filters, edges.unfold(0, 3, 1), strict=True):
         expected = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp_min(0)
         torch.testing.assert_close(row, expected / expected.sum(), atol=1e-6, rtol=0)
+
+
+def test_silence_lies_at_the_floor_and_is_finite_where_no_bin_varies():
+    silence = torch.zeros(1, 1000)
+    assert (prep.LogMelSpectrogram(8000, **SPEC)(silence) == -5).all()
+    assert (prep.AudioPrep(8000, SPEC, torch.full((16,), -5.0), torch.zeros(16))(silence) == 0).all()
+
+
+@pytest.mark.parametrize("peak", [2.0, 0.01, 1e-6])
+def test_quiet_sound_is_raised_to_the_peak_of_loud(peak):
+    waves = torch.tensor([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0]]) * peak
+    expected = torch.tensor([[0.475, -0.95, 0.2375], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(prep.normalise_peak(waves), expected)
 
 
 def test_audio_prep_normalises_and_masks():

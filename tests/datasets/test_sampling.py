@@ -6,6 +6,16 @@ import pytest
 from datasets import sampling
 
 
+def assert_uniform(values, low, high):
+    counts = np.histogram(values, bins=6, range=(low, high))[0]
+    assert counts.sum() == len(values) and (abs(counts - len(values) / 6) < 4 * np.sqrt(len(values) / 6)).all()
+
+
+def test_a_clip_lies_anywhere_with_the_same_chance():
+    rng = np.random.default_rng(0)
+    assert_uniform([sampling.anywhere((1.0, 11.0), 4.0, rng) for _ in range(4000)], 1.0, 7.0)
+
+
 def test_audio_visual_clips_lie_where_the_method_says():
     rng = np.random.default_rng(0)
     video, audio = (0.2, 10.0), (0.0, 9.5)
@@ -43,8 +53,18 @@ def test_two_clips_are_2_to_8_seconds_apart_where_they_can_be():
     assert distance.min() >= 2.0 and distance.max() <= 8.0 and np.ptp(distance) > 5.8
     assert draws.min() >= 1.0 and draws.max() <= 10.0
     assert 0.4 < (draws[:, 0] < draws[:, 1]).mean() < 0.6
+    assert draws.min(1).min() < 1.1 and draws.min(1).max() > 7.5 and draws.max() > 9.9
     assert sorted(sampling.two_apart((1.0, 3.5), 1.0, rng)) == [1.0, 2.5]
     assert sampling.two_apart((1.0, 1.5), 1.0, rng) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("room", [2.5, 3.5, 5.0])
+def test_two_clips_of_a_video_of_few_seconds_are_inside_it(room):
+    rng = np.random.default_rng(0)
+    draws = np.array([sampling.two_apart((1.0, 2.0 + room), 1.0, rng) for _ in range(500)])
+    distance = np.abs(draws[:, 0] - draws[:, 1])
+    assert draws.min() >= 1.0 and draws.max() <= 1.0 + room
+    assert distance.min() < 2.1 and room - 0.1 < distance.max()
 
 
 @pytest.mark.parametrize("audio", [(9.5, 15.0), (12.0, 15.0), (-5.0, -2.0), (0.0, 10.0)])
@@ -58,9 +78,7 @@ def test_a_video_clip_lies_inside_the_video(audio):
 def test_aspect_ratios_of_crops_are_log_uniform():
     rng = np.random.default_rng(0)
     boxes = np.array([sampling.random_resized_crop(4000, 4000, (0.1, 0.2), (1 / 2, 4), rng) for _ in range(4000)])
-    logs = np.log2(boxes[:, 3] / boxes[:, 2])
-    counts = np.histogram(logs, bins=6, range=(-1, 2))[0]
-    assert counts.sum() == 4000 and (abs(counts - 4000 / 6) < 4 * np.sqrt(4000 / 6)).all()
+    assert_uniform(np.log2(boxes[:, 3] / boxes[:, 2]), -1, 2)
 
 
 def test_random_resized_crops_fit_and_reach_both_ends_of_the_area():
