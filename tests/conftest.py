@@ -60,11 +60,11 @@ def _add_video(container, times, size, codec, gop, bframes, fps, pixels, options
     yield float("inf"), lambda: stream.encode(None)
 
 
-def _add_audio(container, rate, seconds, start, codec, layout):
+def _add_audio(container, rate, seconds, start, codec, layout, volume):
     stream = container.add_stream(codec, rate=rate, layout=layout)
     channels, length = stream.codec_context.layout.nb_channels, round(seconds * rate)
     for at in range(0, length, 1024):
-        samples = _chirp(start + np.arange(at, min(at + 1024, length)) / rate)
+        samples = volume * _chirp(start + np.arange(at, min(at + 1024, length)) / rate)
         if codec.startswith("pcm"):
             data = np.repeat(np.round(samples * 32767).astype(np.int16), channels)[None]
             frame = av.AudioFrame.from_ndarray(data, format="s16", layout=layout)
@@ -95,6 +95,7 @@ def _make_video(
     audio_seconds=None,
     audio_codec="aac",
     layout="mono",
+    volume=1.0,
     video=True,
     video_start=0.0,
     audio_start=0.0,
@@ -107,8 +108,8 @@ def _make_video(
 ):
     """Write a media file with PyAV; its suffix sets the container. Frame k shows `frame_index` k (mod 256).
 
-    Frames are at video_start + k / fps, or at `vfr_times` (seconds). The sound is `chirp` on the file's clock.
-    `audio_rate=None`: no audio. `options`: further options of the video encoder, `container_options`
+    Frames are at video_start + k / fps, or at `vfr_times` (seconds). The sound is `volume` times `chirp` on the file's
+    clock. `audio_rate=None`: no audio. `options`: further options of the video encoder, `container_options`
     of the muxer. Returns the path.
     """
     path = Path(path)
@@ -119,7 +120,7 @@ def _make_video(
             feeds.append(_add_video(container, times, size, codec, gop, bframes, fps, pixels, options))
         if audio_rate:
             length = seconds if audio_seconds is None else audio_seconds
-            feeds.append(_add_audio(container, audio_rate, length, audio_start, audio_codec, layout))
+            feeds.append(_add_audio(container, audio_rate, length, audio_start, audio_codec, layout, volume))
         heads = [next(feed) for feed in feeds]
         while heads:  # interleave the streams by time
             first = min(range(len(heads)), key=lambda k: heads[k][0])

@@ -1,17 +1,18 @@
 """Which files and labels VGGSound and folders of videos have, and the statistics of their sound."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from datasets import build_held_out, build_videos, vggsound
+from datasets import build_fresh_clips, build_held_out, build_video_clips, build_videos, vggsound
 from datasets.manifest import FILE, write_rows
 from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.statistics import audio_statistics
 from datasets.video_dataset import VideoList
-from tests import tiny
+from tests import tiny, tiny_evaluation
 from tests.datasets.test_video_dataset import RECIPE
 from utils.config import load_config
 from utils.errors import UserError
@@ -70,6 +71,9 @@ def test_vggsound_subset_by_list_and_by_rule(vgg, monkeypatch):
     assert [
         n.replace("x_10.", "x_000010.") for n in build_videos(section("vggsound", vgg), "train_subset").names()
     ] == by_rule
+    monkeypatch.setattr(vggsound, "SUBSET_SIZE", 1)
+    by_rule = build_videos(section("vggsound", vgg), "train_subset").names()
+    assert by_rule == ["train/odd name.mp4"]  # by hashes of whole names, a_b-c_5.mp4
 
 
 @pytest.mark.parametrize("name", ["vggsound", "folder", "demo", "ucf101"])
@@ -229,6 +233,20 @@ def test_audio_statistics_are_those_of_the_clips_and_computed_once(tmp_path, mak
         audio_statistics(VideoList(tmp_path, ["3.mp4"]), RECIPE, 0, tmp_path / "cache")
 
 
+def test_audio_statistics_are_kept_apart_by_what_they_are_of(tmp_path, make_video):
+    make_video(tmp_path / "0.mp4", seconds=0.6, fps=16, audio_rate=8000)
+    videos = VideoList(tmp_path, ["0.mp4"])
+    recipes = [
+        RECIPE,
+        replace(RECIPE, audio_seconds=0.25),
+        replace(RECIPE, sample_rate=4000),
+        replace(RECIPE, spec_params=RECIPE.spec_params | {"hop_length": 64}),
+        replace(RECIPE, spec_params=RECIPE.spec_params | {"n_fft": 128}),
+    ]
+    found = [audio_statistics(videos, recipe, 0, tmp_path / "cache")["mean"].numpy().tobytes() for recipe in recipes]
+    assert len(set(found)) == len(recipes)
+
+
 @pytest.mark.parametrize(("split", "told"), [("all", "2 of 2 held-out videos are training videos, too"), ("train", "")])
 def test_held_out_videos_that_are_trained_on_are_told(tmp_path, caplog, monkeypatch, split, told):
     monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
@@ -248,3 +266,22 @@ def test_held_out_videos_are_spread_over_the_list(tmp_path):
     videos = loader.dataset.dataset.videos
     assert [videos.name(i) for i in loader.dataset.indices] == ["00.mp4", "06.mp4", "12.mp4", "18.mp4"]
     assert len(build_held_out(cfg, torch.device("cpu"), most=10).dataset) == 10
+
+
+def test_held_out_videos_are_at_most_200_and_their_windows_fill_a_batch(tmp_path):
+    for i in range(402):
+        (tmp_path / f"{i:03d}.mp4").touch()
+    changes = {"holdout_every": 2, "batch_size": 7, "test__clips_per_video": 3}
+    cfg = load_config(tiny.write_config(tmp_path, tmp_path, **{f"dataset__{key}": v for key, v in changes.items()}))
+    loader = build_held_out(cfg, torch.device("cpu"))
+    assert len(loader.dataset) == 200 and loader.batch_size == 2
+    assert len(build_held_out(cfg, torch.device("cpu"), most=None).dataset) == 201
+    cfg["dataset"]["test"]["clips_per_video"] = 8
+    assert build_held_out(cfg, torch.device("cpu")).batch_size == 1
+
+
+def test_clips_of_an_evaluation_are_drawn_by_its_seed(tmp_path):
+    cfg = load_config(tiny_evaluation.write_evaluation(tmp_path, tmp_path, seed=7))
+    videos = VideoList(tmp_path, ["a.mp4"] * 3)
+    assert build_video_clips(cfg, videos, torch.device("cpu"), num_random=1).dataset.seed == 7
+    assert build_fresh_clips(cfg, videos, torch.device("cpu")).dataset.seed == 7

@@ -134,6 +134,29 @@ def test_sound_is_told_apart(make_video, tmp_path):
     assert kinds["none"].loudness == -np.inf
 
 
+@pytest.mark.parametrize(("volume", "loudness", "kind"), [(0.01, -49, "sound"), (0.001, -69, "silent")])
+def test_a_track_is_silent_below_60_dbfs(make_video, tmp_path, volume, loudness, kind):
+    raw = make_video(tmp_path / "raw.mov", seconds=0.5, audio_codec="pcm_s16le", volume=volume)
+    for facts in (inspect(raw), transcode(raw, tmp_path / "new.mp4")):
+        assert facts.audio == kind and facts.loudness == pytest.approx(loudness, abs=0.5)
+
+
+def test_samples_of_16_bits_stay_what_they_are(make_video, tmp_path):
+    raw = make_video(tmp_path / "raw.mov", seconds=0.5, audio_codec="pcm_s16le", volume=0.5)
+    transcode(raw, tmp_path / "new.mp4")
+    old, new = (read_clip(file, sample_rate=SAMPLE_RATE).waveform for file in (raw, tmp_path / "new.mp4"))
+    assert old.any() and np.array_equal(old, new)
+
+
+def test_a_smaller_picture_shows_the_mean_of_what_it_covers(make_video, tmp_path):
+    raw = make_video(tmp_path / "raw.mp4", size=(32, 32), seconds=3.5, audio_rate=None)
+    transcode(raw, tmp_path / "new.mp4", short_side=4)
+    old, new = read_clip(raw).frames, read_clip(tmp_path / "new.mp4").frames
+    assert new.shape == (len(old), 4, 4, 3)
+    expected = old.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4))  # of two stripes, such as a bright and a dark one
+    assert np.abs(new - expected).mean() < 5
+
+
 def test_a_still_picture_is_told_apart(make_video, tmp_path):
     moving = make_video(tmp_path / "a.mp4")
     assert not inspect(moving).still
