@@ -113,6 +113,17 @@ def test_whole_file_shows_every_frame_in_order(media, frame_index):
     assert clip.frames.dtype == np.uint8 and clip.frame_times.dtype == np.float64
 
 
+def test_frames_of_an_avi_that_are_stored_in_another_order(tmp_path, make_video, frame_index):
+    """An AVI has no times at which frames are shown; those that FFmpeg makes up jump back and forth."""
+    path = make_video(tmp_path / "bframes.avi", bframes=2, audio_rate=None)
+    clip = read_clip(path)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(50))
+    assert (np.diff(clip.frame_times) > 0).all()
+    clip = read_clip(path, video_start=0.52, video_seconds=0.4, fps=25)
+    first = frame_index(clip.frames[0])
+    assert [frame_index(frame) for frame in clip.frames] == list(range(first, first + 10))
+
+
 def test_frames_are_those_nearest_in_time(video, frame_index):
     clip = read_clip(video, video_start=1.03, video_seconds=1.0, fps=10)
     expected = [round((1.03 + i / 10) * 25) for i in range(10)]
