@@ -109,6 +109,11 @@ def test_a_fresh_clip_is_coloured_where_the_recipe_augments(videos):
     assert (first[1:] != plain[1:]).all() and (second[1:] != first[1:]).all()
 
 
+def test_every_fresh_clip_lies_elsewhere(videos):
+    clips = FreshClips(videos.subset([0]), replace(RECIPE, augment=False), 6, seed=1, shuffle=False)
+    assert len({clips[0, position]["frames"].numpy().tobytes() for position in range(6)}) == 6
+
+
 def test_every_fresh_clip_is_augmented_in_its_own_way(videos, monkeypatch):
     """Two of one video, too; without augmentation, clips that start together are the same."""
     monkeypatch.setattr(sampling, "anywhere", lambda *_: 1.0)

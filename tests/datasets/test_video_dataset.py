@@ -220,6 +220,12 @@ def test_each_clip_of_a_pair_is_augmented_in_its_own_way(videos, monkeypatch):
         assert len({np.asarray(sample[key]).tobytes() for sample in samples for key in (name, name + "_2")}) == 16, name
 
 
+def test_pairs_lie_elsewhere_in_each_sample(sound_in_the_middle):
+    clips = TrainingClips(sound_in_the_middle, replace(RECIPE, augment=False), 8, seed=0, pairs=True)
+    samples = [clips[0, position] for position in range(8)]
+    assert len({tuple(sample[name].numpy().tobytes() for name in ("frames", "frames_2")) for sample in samples}) > 4
+
+
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
 def test_processes_and_parts_share_the_batches_of_one(world_size, parts):
     one = list(EpochBatches(27, 8))
