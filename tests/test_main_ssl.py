@@ -14,6 +14,7 @@ import torch
 from criterions.memory_bank import MemoryBank
 from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
+from utils.distributed import _free_port
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_two_processes_by_every_launcher(config):
     run(config("torchrun", **short), launcher=TORCHRUN)
     assert differences(final(config.folder("spawned")), final(config.folder("torchrun"))) == []
     file = config("nodes", **short)
-    shared = ("--world-size", 2, "--dist-url", "tcp://127.0.0.1:29517")
+    shared = ("--world-size", 2, "--dist-url", f"tcp://127.0.0.1:{_free_port()}")
     spawned = ("--multiprocessing-distributed", "--nproc", 1)
     first = Started(file, *shared, *spawned, "--rank", 0)
     run(file, *shared, *spawned, "--rank", 1)

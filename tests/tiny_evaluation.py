@@ -87,6 +87,7 @@ def run_here(script: str, *arguments: object) -> None:
     torch.set_num_threads(1)
     no_gpu = mock.patch("torch.cuda.device_count", return_value=0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    level, propagate = log.level, log.propagate
     try:
         with no_gpu, mock.patch.object(sys, "argv", [script, *map(str, arguments)]):
             module.main()
@@ -96,6 +97,8 @@ def run_here(script: str, *arguments: object) -> None:
         for handler in list(log.handlers):
             log.removeHandler(handler)
             handler.close()
+        log.setLevel(level)
+        log.propagate = propagate  # or caplog would see nothing in later tests
 
 
 def results(folder: Path, script: str, *arguments: object, ranks: int = 1) -> dict:

@@ -44,7 +44,6 @@ def test_a_damaged_latest_one_is_passed_over(tmp_path, damage, caplog):
     with pytest.raises(UserError, match="checkpoint.pth.tar"):
         checkpoint.load(path)
     caplog.set_level("WARNING", "avssrl")
-    checkpoint.log.propagate = True
     found, used = checkpoint.load_latest(tmp_path)
     assert found["epoch"] == 1 and used.name == checkpoint.PREVIOUS
     assert "checkpoint.pth.tar" in caplog.text

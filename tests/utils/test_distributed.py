@@ -15,7 +15,7 @@ from datasets import _workers
 from tests.tiny import ENV, TORCHRUN, Started, wait_until, write_config
 from utils import distributed
 from utils.cli import pretraining_parser
-from utils.distributed import _first_host, _free_port, _run_one, _tasks_on_node, plan_processes, rank
+from utils.distributed import _first_host, _run_one, _tasks_on_node, plan_processes, rank
 from utils.errors import UserError
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
@@ -282,9 +282,10 @@ def test_an_interrupt_of_the_launcher_alone_ends_its_ranks(tmp_path):
 
 
 def test_an_interrupt_ends_a_rank_that_waits_for_the_others(tmp_path, videos):
-    address = f"tcp://127.0.0.1:{_free_port()}"
+    store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)  # of a rank 0 that never answers
+    address = f"tcp://127.0.0.1:{store.port}"
     waiting = Started(write_config(tmp_path, videos), "--world-size", 2, "--rank", 1, "--dist-url", address)
-    time.sleep(4)
+    wait_until(lambda: store.check(["question/1"]))
     assert waiting.running
     waiting.signal(signal.SIGINT)
     assert waiting.wait(20).returncode in (-signal.SIGINT, 130)

@@ -110,7 +110,6 @@ def test_a_stretch_of_steps_is_measured_by_itself():
 
 def test_the_time_that_is_left_is_of_the_clips_that_are_left(tmp_path, caplog):
     writer = MetricsWriter(tmp_path)
-    log.propagate = True
     with caplog.at_level("INFO", "avssrl"):
         TrainingLog(writer, 3, 10, 4).report(1, 4, {"lr": 0.1, "clips_per_s": 2.0})
     writer.close()
@@ -148,7 +147,6 @@ def test_the_spread_of_a_single_clip_does_not_count():
 def test_a_collapse_is_told_in_words(tmp_path, caplog, pos_cos, neg_cos, spread, words):
     figures = {"pos_cos": pos_cos, "neg_cos": neg_cos, "video_spread": 0.9, "audio_spread": spread}
     writer = MetricsWriter(tmp_path)
-    log.propagate = True
     with caplog.at_level("WARNING", "avssrl"):
         TrainingLog(writer, 2, 10, 4).report(0, 5, {"loss": 0.1, "clips_per_s": 3.0, **figures})
     writer.close()
@@ -242,6 +240,8 @@ def test_a_file_needs_a_name(name):
 def test_quiet_ranks_warn_in_the_file_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(logger, "is_main", lambda: False)
     monkeypatch.setattr(logger, "rank", lambda: 1)
+    monkeypatch.setattr(log, "propagate", True)  # setup_logging sets it, and the level
+    level = log.level
     try:
         for quiet in (True, False):
             logger.setup_logging(tmp_path, quiet)
@@ -250,5 +250,6 @@ def test_quiet_ranks_warn_in_the_file_alone(tmp_path, monkeypatch, capfd):
         for handler in list(log.handlers):
             log.removeHandler(handler)
             handler.close()
+        log.setLevel(level)
     assert "[rank 1] of the quiet" in (tmp_path / "train.log").read_text()
     assert "of the quiet" not in (shown := capfd.readouterr()).out + shown.err and "[rank 1] of the loud" in shown.err
