@@ -47,25 +47,71 @@ def schedule(rate, decay, epochs, gamma, milestones):
 
 
 CLIPS = {"dataset.video_clip_duration": 0.5, "dataset.video_fps": 16, "dataset.test_dense.clips_per_video": 10}
+TRAINING = {"dataset.train.use_augmentation": True, "dataset.train.drop_last": True}
 LINEAR = {
     **schedule(1e-4, 0, 50, 0.3, [20, 30, 40]),
     **CLIPS,
+    **TRAINING,
+    "dataset.transforms": "crop+color",
     "dataset.color": [0, 0, 0, 0],
+    "dataset.train.clips_per_video": 1,
     "dataset.test.final_clips_per_video": 25,
     "model.args.feat_names": ["pool"],
     "encoder_bn": "eval",
     "few_shot_seed": 42,
 }
-TUNED = CLIPS | {"model.args.use_dropout": True, "model.args.dropout": 0.5, "few_shot_seed": 42}
+TUNED = {
+    **CLIPS,
+    **TRAINING,
+    "dataset.transforms": "msc+color",
+    "dataset.test.final_clips_per_video": 25,
+    "model.args.use_dropout": True,
+    "model.args.dropout": 0.5,
+    "few_shot_seed": 42,
+}
+UCF_CLIPS = {"dataset.color": [0.4, 0.4, 0.4, 0.2], "dataset.train.clips_per_video": 10}
+HMDB_CLIPS = {"dataset.color": [1, 1, 1, 0.2], "dataset.train.clips_per_video": 25}
 WARM_UP = {"optimizer.warmup_classifier": True, "optimizer.warmup_epochs": 5}
-UCF = schedule(1e-4, 0, 16, 0.3, [6, 10, 14]) | TUNED | WARM_UP
-HMDB = schedule(1e-4, 0, 10, 0.3, [3, 6, 8]) | TUNED | {"optimizer.warmup_classifier": False}
+NO_WARM_UP = {"optimizer.warmup_classifier": False}
+UCF = schedule(1e-4, 0, 16, 0.3, [6, 10, 14]) | TUNED | UCF_CLIPS | WARM_UP
+UCF_RANDOM = schedule(1e-4, 0, 100, 0.3, [30, 60, 80]) | TUNED | UCF_CLIPS | NO_WARM_UP
+HMDB = schedule(1e-4, 0, 10, 0.3, [3, 6, 8]) | TUNED | HMDB_CLIPS | NO_WARM_UP
+HMDB_RANDOM = schedule(1e-4, 0, 100, 0.3, [30, 60, 80]) | TUNED | HMDB_CLIPS | NO_WARM_UP
 TENS = list(range(10, 100, 10))
-SECOND = {"dataset.video_clip_duration": 1, "dataset.video_fps": 16}
+SECOND = {
+    **TRAINING,
+    "dataset.video_clip_duration": 1,
+    "dataset.video_fps": 16,
+    "dataset.transforms": "msc+color",
+    "dataset.color": [0.4, 0.4, 0.4, 0.2],
+    "dataset.train.split": "train_subset",
+    "dataset.train.clips_per_video": 5,
+    "dataset.test.split": "test",
+    "model.args.video_backbone": "R2Plus1d",
+    "model.args.video_backbone_args.depth": 18,
+}
+SOUND = {
+    "dataset.audio_clip_duration": 2,
+    "dataset.audio_srate": 16000,
+    "dataset.spec_params": {"n_fft": 512, "hop_length": 256, "n_mels": 128},
+    "dataset.tfmask_params": {
+        "time_mask_ratio": 0.2,
+        "time_mask_size": 5,
+        "freq_mask_ratio": 0.2,
+        "freq_mask_size": 3,
+        "var_masks": True,
+    },
+    "dataset.train.video_only": False,
+    "model.args.audio_backbone": "Conv2DNet",
+    "model.args.audio_backbone_args.depth": 10,
+}
 XID = {
     **schedule(5e-4, 1e-5, 100, 0.9, TENS),
     **SECOND,
+    **flatten(SOUND),
+    "model.args.proj_dim": [512, 512, 128],
     "loss.args.num_negatives": 1024,
+    "loss.args.N_hard": None,
     "loss.args.momentum": 0.5,
     "loss.args.q": 0.001,
     "loss.args.lam": 0.01,
@@ -73,6 +119,7 @@ XID = {
 VICREG = {
     **schedule(5e-4, 1e-6, 100, 0.9, TENS),
     **SECOND,
+    "model.args.exp_dim": [4096, 4096, 4096],
     "loss.args.sim_coeff": 25,
     "loss.args.std_coeff": 25,
     "loss.args.cov_coeff": 1,
@@ -83,14 +130,16 @@ VICREG = {
     ("file", "recipe"),
     [
         ("VGGSound-N1024", XID),
-        ("VGGSound-VICReg", VICREG),
-        ("VGGSound-VICReg-Video", VICREG),
+        ("VGGSound-VICReg", VICREG | flatten(SOUND)),
+        ("VGGSound-VICReg-Video", VICREG | {"dataset.train.video_only": True}),
         ("ucf/8at16-linear", LINEAR),
         ("ucf/8at16-linear-random", LINEAR),
         ("hmdb51/8at16-linear", LINEAR),
         ("hmdb51/8at16-linear-random", LINEAR),
         ("ucf/8at16-fold1", UCF),
+        ("ucf/8at16-fold1-random", UCF_RANDOM),
         ("hmdb51/8at16-fold1", HMDB),
+        ("hmdb51/8at16-fold1-random", HMDB_RANDOM),
     ],
 )
 def test_shipped_files_hold_the_recipes_of_the_thesis(file, recipe):
