@@ -105,12 +105,12 @@ def test_dropout_of_a_batch_hangs_on_its_key_alone(backbone):
     assert torch.equal(without.draw_dropout(3, (0,)), torch.ones(3, 512))
 
 
-def linear_probe(base_lr=0.1, other_lrs=(0.1, 0.03), **args):
+def linear_probe(base_lr=0.1, other_lrs=(0.1, 0.03), names=("pool",), **args):
     lr = {"name": "multistep", "base_lr": base_lr, "gamma": 0.5, "milestones": [1], "warmup_epochs": 0}
     optimizer = {"name": "sgd", "weight_decay": 0.0, "betas": [0.0, 0.9], "lr": lr, "other_lrs": other_lrs}
     args = {"feat_dims": [8], "use_bn": [False], "l2_norm": [False], "use_dropout": False, "dropout": 0.5} | args
     cfg = {"seed": 3, "optimizer": optimizer, "model": {"args": args}}
-    return LinearProbe(cfg, ["pool"], 3, torch.device("cpu"))
+    return LinearProbe(cfg, names, 3, torch.device("cpu"))
 
 
 def test_linear_probes_start_alike_and_each_trains_at_its_own_rate():
@@ -125,6 +125,16 @@ def test_linear_probes_start_alike_and_each_trains_at_its_own_rate():
     assert losses == {"loss pool 0.1": pytest.approx(loss.item()), "loss pool 0.03": pytest.approx(loss.item())}
     for rate, weight in weights.items():
         torch.testing.assert_close(weight, before - rate / 2 * gradient)
+
+
+def test_a_feature_trains_its_classifier_as_it_would_alone():
+    features, labels = {"pool": torch.randn(6, 8), "conv5x": torch.randn(6, 8)}, torch.arange(6) % 3
+    both, alone = (linear_probe(names=names) for names in (("pool", "conv5x"), ("pool",)))
+    for probe in (both, alone):
+        probe.step({name: features[name] for name in probe.heads[0.1].classifiers}, labels, epoch=0, progress=0.0)
+    for rate, head in alone.heads.items():
+        expected = head.classifiers["pool"].classifier.weight
+        torch.testing.assert_close(both.heads[rate].classifiers["pool"].classifier.weight, expected)
 
 
 def test_a_linear_probe_drops_features_in_training_alone():

@@ -141,6 +141,7 @@ def test_the_spread_of_a_single_clip_does_not_count():
         (0.5, 0.0, 0.09, "their spread is 0.09"),
         (0.97, 0.96, 0.5, r"\+0.97 and \+0.96"),
         (-1.0, -1.0, 0.5, "-1.00 and -1.00"),
+        (0.5, -0.97, 0.5, None),
         (0.99, 0.1, 0.5, None),
     ],
 )

@@ -47,6 +47,14 @@ def test_accuracies_are_those_of_the_definition():
     assert evaluation.top_share(torch.full((3, 4), torch.nan), torch.tensor([0, 1, 2]), 1) == 0
 
 
+def test_a_video_s_scores_are_the_mean_of_its_clips_probabilities():
+    """One clip that is sure does not outvote two: of the logits' mean, (2, 20 / 3), the other class is the largest."""
+    logits, sure = torch.tensor([[[0.0, 20.0], [3.0, 0.0], [3.0, 0.0]]]), 1 / (1 + math.exp(-3))
+    first = (1 / (1 + math.exp(20)) + 2 * sure) / 3
+    assert evaluation.video_scores(logits)[0].tolist() == pytest.approx([first, 1 - first])
+    assert evaluation.video_accuracies(logits, torch.tensor([0]))["Video@1"] == 100
+
+
 def outcome(classes=3, seed=0, rate=1e-4, epochs=(50, 50)):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(classes).repeat(4)
@@ -212,6 +220,14 @@ def test_neighbours_are_of_the_clips_over_the_whole_video():
     gallery, labels = corners[:, None], torch.arange(2)
     queries = torch.stack([3 * corners.flip(0), 3 * corners.flip(0), corners], dim=1)  # the first two at random times
     found = results.neighbours({"pool": gallery}, labels, {"pool": queries}, labels, num_random=2)["pool"]
+    assert found["kNN@1"] == found["R@1"] == 100
+
+
+def test_a_training_video_is_the_mean_of_its_views():
+    """The first view of each is that of the other class."""
+    views = torch.tensor([[[0.0, 1.0], [3.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]])
+    labels, queries = torch.arange(2), torch.eye(2)[:, None]
+    found = results.neighbours({"pool": views}, labels, {"pool": queries}, labels, num_random=0)["pool"]
     assert found["kNN@1"] == found["R@1"] == 100
 
 

@@ -56,6 +56,14 @@ def test_votes_of_near_neighbours_go_to_the_nearest_not_to_the_first_class():
     assert leave_one_out_accuracy(features, labels, (5,))["kNN@5"] == pytest.approx(100 * hits / 60)
 
 
+def test_of_classes_with_equal_votes_the_nearer_wins():
+    degrees = torch.tensor([10.0, 20.0, 60.0, 70.0]).deg2rad()
+    gallery, query = torch.stack([degrees.cos(), degrees.sin()], dim=1), torch.tensor([[1.0, 0.0]])
+    for labels in ([0, 0, 1, 1], [1, 1, 0, 0]):
+        near = nearest_neighbour_accuracy(gallery, torch.tensor(labels), query, torch.tensor(labels[:1]), (4,))
+        assert near == {"kNN@4": 100.0}
+
+
 def test_nan_finds_nothing():
     broken = torch.full((12, 2, 8), torch.nan)
     assert set(retrieval(broken, torch.randn(12, 2, 8)).values()) == {0.0}
@@ -162,6 +170,21 @@ def test_a_picture_of_few_videos_shows_each_once(embeddings):
     draw_answers(figure, "xid", few, show, ("a", "b", "c"), queries=4, answers=1)
     plt.close(figure)
     assert sorted(asked[::2]) == [0, 1, 2, 3]
+
+
+def test_a_picture_begins_with_the_best_queries(embeddings):
+    """Only two of the videos find their sounds."""
+    embeddings["audio"][[i for i in range(30) if i not in (11, 23)]] *= -1
+    asked = []
+
+    def show(index):
+        asked.append(index)
+        return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
+
+    figure = plt.figure()
+    draw_answers(figure, "xid", embeddings, show, ("a", "b", "c"), queries=2, answers=1)
+    plt.close(figure)
+    assert asked[:2] == [11, 11]  # its frames, and its own sound
 
 
 @pytest.mark.parametrize("labelled", [True, False])
