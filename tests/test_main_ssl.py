@@ -33,7 +33,7 @@ def final(folder):
 
 
 def test_a_run_writes_what_it_promises(config):
-    file = config(monitor_every=1)
+    file = config(monitor_every=1, optimizer__lr__warmup_epochs=1)
     output = run(file).stdout
     for words in (
         "---- Data",
@@ -54,7 +54,7 @@ def test_a_run_writes_what_it_promises(config):
     assert [line["step"] for line in train] == list(range(1, 9))
     assert {"loss", "lr", "q", "pos_cos", "neg_cos", "grad_norm"} <= train[0].keys()
     assert {f"{side}_{what}" for side in ("video", "audio") for what in ("spread", "dims")} <= train[0].keys()
-    assert train[0]["lr"] == 0.001 and train[-1]["lr"] == 0.0005
+    assert [line["lr"] for line in train] == pytest.approx([1e-6, 2.51e-4, 5.01e-4, 7.51e-4] + [5e-4] * 4)
     assert train[0]["q"] == 0.001 and train[-1]["q"] == 0.4
     assert [line["epoch"] for line in lines if line["group"] == "retrieval"] == [0, 1, 2]
     state = final(folder)

@@ -42,7 +42,8 @@ def test_a_run_logs_each_term_and_trains_on_the_mean_of_the_parts(tmp_path, vide
 
     monkeypatch.setattr(Precision, "backward", backward)
     options = {"monitor_every": 2, "keep_last": 1, "accumulate": 2, "num_workers": 0}
-    file = write_config(tmp_path, videos, script=SCRIPT, loss__args={"cov_coeff": 0.4}, **options)
+    options |= {"loss__args": {"cov_coeff": 0.4}, "optimizer__lr__warmup_epochs": 1}
+    file = write_config(tmp_path, videos, script=SCRIPT, **options)
     run_here(SCRIPT, file)
     output = (tmp_path / "runs/tiny/train.log").read_text()
     assert "VICRegWrapper" in output and "held out, after 2 epochs" in output
@@ -52,6 +53,7 @@ def test_a_run_logs_each_term_and_trains_on_the_mean_of_the_parts(tmp_path, vide
     for line in train:
         weighted = 25 * line["sim"] + 25 * line["std"] + 0.4 * line["cov"]
         assert line["loss"] == pytest.approx(weighted, rel=1e-4)
+    assert [line["lr"] for line in train] == pytest.approx([1e-6, 2.51e-4, 5.01e-4, 7.51e-4] + [5e-4] * 4)
     parts = zip(trained_on[::2], trained_on[1::2], strict=True)
     assert [line["loss"] for line in train] == pytest.approx(list(map(sum, parts)))
     assert final(tmp_path, "tiny")["optimizer"]["param_groups"][0]["lr"] == 0.0005
@@ -126,11 +128,12 @@ def test_numbers_that_are_not_finite_stop_the_run_with_a_diagnosis(tmp_path, vid
 
 @pytest.mark.parametrize("script", ["main-ssl.py", SCRIPT])
 def test_steps_may_be_left_out(tmp_path, videos, poisoned, script):
-    changes = {"skip_nonfinite": 1, "optimizer__num_epochs": 1, "monitor_every": 1}
+    changes = {"skip_nonfinite": 1, "optimizer__num_epochs": 1, "monitor_every": 1, "accumulate": 2}
     file = write_config(tmp_path, videos, "nan", script, **changes)
     output = run(file, script=script, launcher=poisoned).stdout
     assert "this step is left out (1 of 1)" in output
     state = final(tmp_path, "nan")
+    assert state["guard"] == {"skipped": 1}
     assert all(value.isfinite().all() for value in state["model"].values())  # BN's statistics, too
     assert all(value.isfinite().all() for value in state["train_criterion"].values())
     assert all(entry["exp_avg"].isfinite().all() for entry in state["optimizer"]["state"].values())

@@ -204,7 +204,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "epoch", "step")
+TRAINED = ("model", "optimizer", "train_criterion", "audio_stats", "bad_videos", "guard", "epoch", "step")
 
 
 def differences(a: dict, b: dict, parts: tuple = TRAINED) -> list[str]:
