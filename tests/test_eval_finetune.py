@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from datasets.preprocessing import VideoPrep
+from models.classifiers import ClassificationWrapper
 from tests import tiny, tiny_evaluation
 from utils import checkpoint
 
@@ -79,19 +80,27 @@ def test_warm_up_leaves_the_backbone_alone(cfgs, tmp_path):
 
 
 def test_steps_are_of_augmented_clips_and_the_mean_loss_at_a_rising_rate(cfgs, tmp_path, monkeypatch):
+    """With dropout that no other step has."""
     augmented, plain = [], VideoPrep.forward
+    masks, draw = [], ClassificationWrapper.draw_dropout
 
     def prepare(self, frames, augmentation=None):
         augmented.append(augmentation is not None)
         return plain(self, frames, augmentation)
 
+    def draw_dropout(self, batch_size, key):
+        masks.append(draw(self, batch_size, key))
+        return masks[-1]
+
     monkeypatch.setattr(VideoPrep, "forward", prepare)
+    monkeypatch.setattr(ClassificationWrapper, "draw_dropout", draw_dropout)
     cfg, model = cfgs(optimizer__lr__warmup_epochs=2, optimizer__lr__base_lr=0.1, optimizer__lr__milestones=[])
     evaluate(tmp_path, cfg, model, "--random-weights")
     lines = map(json.loads, next(tmp_path.glob("runs/**/metrics.jsonl")).read_text().splitlines())
     lines = [line for line in lines if line["group"] == "all train"]
     rates, steps = [line["lr"] for line in lines], len(lines)
     assert augmented[:3] == [True] * 3 and augmented.count(True) == steps  # and not in a test
+    assert len({tuple(mask[0].tolist()) for mask in masks}) == len(masks) == steps
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.5)  # of 3 clips and 2 classes, told apart by chance
     assert steps >= 4 and rates == pytest.approx([0.1 * step / steps for step in range(steps)], abs=1e-4)
 
@@ -166,6 +175,10 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
     states = checkpoint.load(tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_rest-classes/checkpoint.pth.tar")
     counts = [state["model"]["video_model.conv1.1.num_batches_tracked"].item() for state in states["parts"].values()]
     assert counts == [2, 2]  # steps of 4 videos in batches of 3: the second part did not go on from the first
+    torch.manual_seed(0)
+    first = torch.nn.Linear(512, 1).weight  # of the seed alone, whatever was drawn before
+    for state in states["parts"].values():
+        torch.testing.assert_close(state["model"]["head.classifier.weight"], first.detach(), atol=1e-6, rtol=0)
 
 
 def test_a_batch_without_a_readable_clip_is_no_step(cfgs, tmp_path, ucf):

@@ -15,7 +15,7 @@ import torch
 from datasets import build_fresh_clips, build_labelled
 from datasets.concepts import Part
 from tests import tiny, tiny_evaluation
-from utils import checkpoint
+from utils import checkpoint, results
 from utils.config import load_config
 from utils.errors import RunFailed, UserError
 
@@ -125,6 +125,8 @@ def test_features_are_made_once(cfgs, tmp_path):
     assert evaluate(tmp_path, cfg, model, "--random-weights")["results"] == first["results"]
     evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.video_fps=8")
     assert len(list((tmp_path / "cache/features").iterdir())) == 4
+    evaluate(tmp_path, cfg, model, "--random-weights", "--set", "dataset.train.use_augmentation=false")
+    assert len(list((tmp_path / "cache/features").iterdir())) == 5  # the test's stay what they were
 
 
 def test_features_are_kept_for_what_they_were_made_of_alone(cfgs, monkeypatch):
@@ -227,6 +229,31 @@ def test_resume_and_test_only(cfgs, tmp_path):
         *base, "--resume", "--set-model", "model.args.video_backbone_args.depth=18"
     )
     evaluate(tmp_path, *base, "--debug", "--set", "optimizer.num_epochs=1")
+
+
+def test_every_epoch_has_its_own_dropout(cfgs, tmp_path):
+    """At a rate that changes nothing, on the same batches."""
+    same = {"feature_views": 1, "dataset__train__use_shuffle": False, "optimizer__lr__base_lr": 1e-12}
+    cfg, model = cfgs(**same, model__args__use_dropout=True)
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    lines = map(json.loads, next(tmp_path.glob("runs/**/metrics.jsonl")).read_text().splitlines())
+    first, second = (line["loss pool 1e-12"] for line in lines)
+    assert first != pytest.approx(second, rel=1e-4)
+
+
+def test_the_final_test_is_of_the_same_clips_after_any_quick_ones(cfgs, tmp_path, monkeypatch):
+    logits, finish = [], results.finish_evaluation
+
+    def finish_evaluation(folder, facts, outcome):
+        logits.append(outcome["all"].logits)
+        return finish(folder, facts, outcome)
+
+    monkeypatch.setattr(results, "finish_evaluation", finish_evaluation)
+    cfg, model = cfgs(feature_views=1, optimizer__num_epochs=1)
+    for clips in (1, 6):  # of the final test 4
+        evaluate(tmp_path, cfg, model, "--random-weights", "--set", f"dataset.test.clips_per_video={clips}")
+    few, many = (found[0.01]["pool"] for found in logits)
+    torch.testing.assert_close(many, few, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stored_classifier_can_be_tested_on_more_clips(cfgs, tmp_path):
