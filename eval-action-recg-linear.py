@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import FoldData, build_fold, build_fresh_clips, build_video_clips, training_batches
+from datasets import FoldData, build_fresh_clips, build_video_clips, training_batches
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import ClipRecipe, VideoList, epoch_order
-from models import build_model
 from models.classifiers import FeatureExtractor, build_pooling
 from models.linear_probe import LinearProbe, mean_losses
 from utils import evaluation
@@ -33,10 +32,11 @@ from utils.compiling import compiles
 from utils.distributed import broadcast_object, gather_objects, is_main, launch
 from utils.errors import RunFailed, UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
+from utils.folds import begin_fold, evaluate_folds
 from utils.frozen import FrozenEncoder
-from utils.logger import MetricsWriter, StepClock, in_words, log, parameter_summary, stage, start_run
+from utils.logger import MetricsWriter, StepClock, in_words, log, stage
 from utils.precision import Precision
-from utils.results import Outcome, finish_evaluation, finish_folds, neighbours, quick_test
+from utils.results import Outcome, finish_evaluation, neighbours, quick_test
 from utils.stopping import StopSignal
 
 
@@ -47,16 +47,7 @@ def main() -> None:
         raise UserError("encoder_bn: train changes the encoder in every step; set feature_views: 0")
     for pooling in cfg["model"]["args"]["pooling_ops"]:
         build_pooling(pooling)  # fail early if one is invalid
-    launch(evaluate, args, args, cfg, model_cfg)
-
-
-def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
-    """Run one process of the evaluation: all folds and their mean."""
-    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
-    stop = StopSignal(evaluation.AGAIN)
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
-    if is_main() and len(results) > 1:
-        finish_folds(evaluation.folds_file(args, cfg, model_cfg), results)
+    launch(evaluate_folds, args, evaluate_fold, args, cfg, model_cfg)
 
 
 def evaluate_fold(
@@ -69,18 +60,7 @@ def evaluate_fold(
     stop: StopSignal,
 ) -> dict:
     """Train the classifiers of one fold and test them. Rank 0 returns the results."""
-    folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
-    start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
-
-    stage(f"Data, fold {fold}")
-    for part in data.parts:
-        log.info("%s", part)
-
-    stage("Encoder")
-    torch.manual_seed(cfg["seed"])
-    backbone = build_model(model_cfg["model"]).video_model
-    origin = evaluation.load_encoder(backbone, args, model_cfg)
-    log.info("%s; %s", parameter_summary(backbone), origin)
+    folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
     drifts = cfg["encoder_bn"] == "train"
@@ -92,7 +72,7 @@ def evaluate_fold(
     stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
     failures = evaluation.Failures(args.allow_missing, states)
-    evaluation.begin_fold(args, cfg, model_cfg, fold, anew=not states)
+    evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
 
     stage("Features")
     num_epochs, num_quick = cfg["optimizer"]["num_epochs"], cfg["dataset"]["test"]["clips_per_video"]

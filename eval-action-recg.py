@@ -18,26 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import FoldData, build_fold, build_fresh_clips, build_video_clips
+from datasets import FoldData, build_fresh_clips, build_video_clips
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
 from datasets.video_dataset import VideoList
-from models import build_model
 from models.classifiers import ClassificationWrapper, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles, for_batch
 from utils.distributed import broadcast_object, is_main, launch, world_size, wrap
-from utils.errors import RunFailed, UserError
+from utils.errors import RunFailed
 from utils.features import clip_outputs, rows_of
+from utils.folds import begin_fold, evaluate_folds
 from utils.frozen import tensor_hash
-from utils.logger import MetricsWriter, StepClock, duration, in_words, log, parameter_summary, stage, start_run
+from utils.logger import MetricsWriter, StepClock, duration, in_words, log, stage
 from utils.metrics import Averages
 from utils.optim import build_optimizer, learning_rate, set_learning_rate
 from utils.precision import Precision
 from utils.prefetch import prefetch
-from utils.results import Outcome, finish_evaluation, finish_folds
+from utils.results import Outcome, finish_evaluation
 from utils.stopping import StopSignal
 from utils.sync_bn import convert_sync_bn, count_rank
 from utils.trial import try_compiled
@@ -47,16 +47,7 @@ def main() -> None:
     args = evaluation_parser(__doc__).parse_args()
     cfg, model_cfg = evaluation.load_evaluation(args, "ClassificationWrapper", "eval-action-recg-linear.py")
     build_pooling(cfg["model"]["args"]["pooling_op"])  # fail early if it is invalid
-    launch(evaluate, args, args, cfg, model_cfg)
-
-
-def evaluate(device: torch.device, args: argparse.Namespace, cfg: dict, model_cfg: dict) -> None:
-    """Run one process of the evaluation: all folds and their mean."""
-    folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}  # fail early on an error in any fold
-    stop = StopSignal(evaluation.AGAIN)
-    results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
-    if is_main() and len(results) > 1:
-        finish_folds(evaluation.folds_file(args, cfg, model_cfg), results)
+    launch(evaluate_folds, args, evaluate_fold, args, cfg, model_cfg)
 
 
 def evaluate_fold(
@@ -69,25 +60,13 @@ def evaluate_fold(
     stop: StopSignal,
 ) -> dict:
     """Fine-tune on one fold and test. Rank 0 returns the results."""
-    folder = evaluation.fold_folder(args, cfg, model_cfg, fold)
-    start_run({"evaluation": cfg, "pretraining": model_cfg}, args.quiet, folder)
-
-    stage(f"Data, fold {fold}")
-    for part in data.parts:
-        log.info("%s", part)
-
-    stage("Encoder")
-    Precision(cfg["precision"], device)  # fail early if it is not possible here
-    torch.manual_seed(cfg["seed"])
-    backbone = build_model(model_cfg["model"]).video_model
-    origin = evaluation.load_encoder(backbone, args, model_cfg)
-    log.info("%s; %s", parameter_summary(backbone), origin)
+    folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
     fingerprint = tensor_hash(backbone.state_dict())
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
     stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
     states = stored.load()
-    evaluation.begin_fold(args, cfg, model_cfg, fold, anew=not states)
+    evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing, states), {}
     writer = MetricsWriter(folder, None if states else 0)
     for part in data.parts:
@@ -191,10 +170,7 @@ def fine_tune(
             optimizer = build_optimizer(schedule, model)
             net = wrap(model, cfg["compile"], device)
         if epoch == start_epoch and state is not None and state["warming"] == warming:
-            try:
-                optimizer.load_state_dict(state["optimizer"])
-            except ValueError as error:  # stored by an older version, which trained stages behind the feature, too
-                raise UserError(f"{stored.file}: {error}; start from scratch with --set resume=false") from None
+            checkpoint.load_optimizer(optimizer, state["optimizer"], stored.file)
         model.train()
         model.video_model.train(not warming)
         if epoch in (start_epoch, warmup) and compiles(cfg["compile"], device):

@@ -390,6 +390,18 @@ def load_pretrained(module: nn.Module, file: str | Path, part: str | None = None
     return words
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping, file: Path) -> None:
+    """Load an optimizer's state from `file`.
+
+    Raises:
+        UserError: it is of other parameters, such as those that an older version trained.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; start from scratch with --set resume=false") from None
+
+
 def recognise(state: Mapping, source: str) -> tuple[dict, str]:
     """The weights of a pre-trained model under our names, and a description of their origin.
 

@@ -285,7 +285,7 @@ def _places(parts: Mapping[str, dict]) -> str:
 _OF_A_TRAINING = ("results.json", "per-class-*.csv", "confusion-*.png", checkpoint.LATEST, checkpoint.PREVIOUS)
 
 
-def begin_fold(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, anew: bool) -> None:
+def begin_training(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int, anew: bool) -> None:
     """Write config.yaml on rank 0, and when training from scratch (`anew`) delete the results of an earlier training.
 
     Without `resume` the first fold deletes the classifiers of all: a later start with --resume would take them up. With

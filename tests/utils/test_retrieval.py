@@ -140,7 +140,8 @@ def test_controls_take_away_motion_and_the_order_of_sound():
         assert sorted(order) == list(range(50)) and torch.equal(audio[i], batch["audio"][i][..., order])
 
 
-def test_a_picture_of_queries_and_answers(embeddings):
+def draw(embeddings, **options):
+    """The figure, and the indices of the videos whose clips it shows: each query, then its answers."""
     asked = []
 
     def show(index):
@@ -148,8 +149,13 @@ def test_a_picture_of_queries_and_answers(embeddings):
         return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
 
     figure = plt.figure()
-    draw_answers(figure, "xid", embeddings, show, ("a", "b", "c"), queries=3, answers=2)
+    draw_answers(figure, "xid", embeddings, show, ("a", "b", "c"), **options)
     plt.close(figure)
+    return figure, asked
+
+
+def test_a_picture_of_queries_and_answers(embeddings):
+    figure, asked = draw(embeddings, queries=3, answers=2)
     assert len(figure.axes) == 9
     assert len(asked) == 9  # 3 queries, and 2 answers to each
     for row in range(3):  # the sounds lie close to their videos: the first answer is right, and framed in green
@@ -159,31 +165,14 @@ def test_a_picture_of_queries_and_answers(embeddings):
 
 
 def test_a_picture_of_few_videos_shows_each_once(embeddings):
-    few = {name: value[:4] for name, value in embeddings.items()}
-    asked = []
-
-    def show(index):
-        asked.append(int(index))
-        return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
-
-    figure = plt.figure()
-    draw_answers(figure, "xid", few, show, ("a", "b", "c"), queries=4, answers=1)
-    plt.close(figure)
+    _, asked = draw({name: value[:4] for name, value in embeddings.items()}, queries=4, answers=1)
     assert sorted(asked[::2]) == [0, 1, 2, 3]
 
 
 def test_a_picture_begins_with_the_best_queries(embeddings):
     """Only two of the videos find their sounds."""
     embeddings["audio"][[i for i in range(30) if i not in (11, 23)]] *= -1
-    asked = []
-
-    def show(index):
-        asked.append(index)
-        return torch.zeros(8, 6, 6, 3, dtype=torch.uint8), torch.zeros(16, 20)
-
-    figure = plt.figure()
-    draw_answers(figure, "xid", embeddings, show, ("a", "b", "c"), queries=2, answers=1)
-    plt.close(figure)
+    _, asked = draw(embeddings, queries=2, answers=1)
     assert asked[:2] == [11, 11]  # its frames, and its own sound
 
 
