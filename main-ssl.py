@@ -24,7 +24,7 @@ from utils.checkpoint import RunCheckpoints, start_from_others
 from utils.cli import pretraining_parser, run_script
 from utils.compiling import compiles, for_batch
 from utils.config import load_config
-from utils.distributed import any_rank, broadcast_object, is_main, launch, world_size, wrap
+from utils.distributed import any_rank, broadcast_object, is_main, launch, records_graphs, world_size, wrap
 from utils.errors import UserError
 from utils.logger import MetricsWriter, StepClock, TrainingLog, log, parameter_summary, stage, start_run, write_config
 from utils.metrics import Averages
@@ -111,7 +111,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         monitor.measure(start_epoch)
         return
     guard.protect(model)
-    net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], static=accumulate == 1)
+    graphs = records_graphs(cfg, device)
+    net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], accumulate == 1, graphs)
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 
@@ -133,7 +134,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     batches.start_at(start_epoch, start_step, num_epochs - start_epoch)
     stream = prefetch(loader, device)
     if compiles(cfg["compile"], device):
-        stream = try_compiled(stream, embed, net.train(), prepare.video)
+        stream = try_compiled(stream, embed, net.train(), prepare.video, graphs)
     for epoch in range(start_epoch, num_epochs):
         model.train()
         losses, indices = [], []

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import struct
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +21,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tests run in parallel, and start processes, on few cores
 # saves seconds of imports in each process; an optimizer imports the second
 multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "av"])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a GPU borrowed for minutes, print a failure at once: tests that run out of time print nothing at their end."""
+    if report.failed and os.environ.get("AVSSRL_NEEDS_GPU"):
+        sys.__stdout__.write(f"\n{report.longreprtext[-4000:]}\n")
+
 
 BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
 VIDEO_CLOCK = 90000  # Hz

@@ -47,7 +47,6 @@ smoke() {
 
 step() {
     part step 340 -m utils.benchmark step configs/VGGSound-N1024.yaml --rounds 3 --top-kernels 15 \
-        --inductor triton.cudagraphs=true --inductor combo_kernels=true \
         --json "$out/step.json" --png "$out/step.png"
 }
 

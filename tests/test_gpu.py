@@ -7,6 +7,7 @@ does not pass unseen.
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.tiny import PYTHONPATH, REPO, differences, needs_gpu, run, write_conf
 from tests.tiny_evaluation import make_ucf, write_evaluation
 from utils import checkpoint
 from utils.benchmark.forms import Form, Step, synthetic_batch
+from utils.benchmark.step import held
 from utils.config import load_config
 from utils.distributed import wrap
 from utils.stopping import NonFiniteGuard, RunFailed
@@ -27,9 +29,10 @@ pytestmark = needs_gpu
 ENV = {**os.environ, "PYTHONPATH": PYTHONPATH}
 
 
-def small_step(method: str, precision: str, compiled: bool) -> Step:
+def small_step(method: str, precision: str, compiled: bool, graphs: bool = False) -> Step:
     cfg = load_config(REPO / f"configs/demo/{method}.yaml", ["dataset.batch_size=16", "optimizer.lr.base_lr=1e-4"])
-    form = Form(precision, precision, channels_last=True, in_2d=True, device_negatives=True, compiled=compiled)
+    ours = Form(precision, precision, channels_last=True, in_2d=True, device_negatives=True)
+    form = replace(ours, compiled=compiled, graphs=graphs)
     device = torch.device("cuda")
     return Step(cfg, form, synthetic_batch(cfg, device), device)
 
@@ -66,14 +69,34 @@ def test_compiled_steps_train_as_eager_ones_do(method):
     assert compiled[-1] == pytest.approx(eager[-1], rel=0.15)
 
 
+@pytest.mark.parametrize("method", ["xid", "vicreg"])
+def test_steps_recorded_as_cuda_graphs_train_as_queued_ones_do(method):
+    losses, steps = [], []
+    for graphs in (False, True):
+        before = held(torch.device("cuda")) - torch.cuda.memory_allocated()
+        steps.append(small_step(method, "bf16", compiled=True, graphs=graphs))
+        losses.append(torch.stack([steps[-1]() for _ in range(20)]).tolist())
+        in_pools = held(torch.device("cuda")) - torch.cuda.memory_allocated() - before
+        assert (in_pools > 0) == graphs
+        torch.compiler.reset()
+    queued, recorded = losses
+    assert recorded[:3] == pytest.approx(queued[:3], rel=0.02)  # the second records, the third replays
+    assert recorded[-1] < recorded[0]
+    assert recorded[-1] == pytest.approx(queued[-1], rel=0.15)  # cuDNN's backward kernels add in no fixed order
+    buffers = [dict(step.model.named_buffers()) for step in steps]
+    assert all(value.isfinite().all() for value in buffers[1].values())
+    assert buffers[1]["video_model.conv1.1.num_batches_tracked"] == 20
+
+
 @pytest.mark.parametrize("script", ["main-ssl.py", "main-vicreg.py"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", None])
 def test_a_run_in_each_precision(tmp_path, videos, script, precision):
     # Of 32 px one place would be left, and PyTorch 2.11 takes cuDNN's gradient there to be laid out in another way.
     changes = {"precision": precision, "compile": False if precision else None, "dataset__crop_size": 64}
     changes["monitor_every"] = 2
-    logs = {**ENV, "TORCH_LOGS": "recompiles"}
+    logs = {**ENV, "TORCH_LOGS": "recompiles,perf_hints"}
     done = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=logs)
+    assert "skipping cudagraphs" not in done.stderr
     assert "held out, after 2 epochs" in done.stdout
     assert ("compiled, and one batch tried" in done.stdout) == (precision is None) and "Recompiling" not in done.stderr
     losses = train_losses(tmp_path / "runs/tiny")

@@ -57,6 +57,7 @@ FREE_TO_CHANGE = {  # keys that may change when a run resumes, as they do not al
     "skip_nonfinite",
     "keep_last",
     "cache_dir",
+    "cuda_graphs",
     "dataset.root",
     "dataset.decode_once",
     "model.name",

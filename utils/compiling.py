@@ -12,6 +12,7 @@ log = logging.getLogger("avssrl")
 # Inductor recomputes values that depend on up to six reads instead of storing them. With its default of four, the
 # gradients behind ReLU would be stored for BN's sums and its gradient (models/fused_norm.py).
 OPTIONS = {"realize_reads_threshold": 6}
+CUDA_GRAPHS = {"triton.cudagraphs": True}
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
@@ -27,7 +28,12 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
 
 
 def for_batch(whole: bool) -> contextlib.AbstractContextManager:
-    """The context of a forward pass. A smaller last batch (not `whole`) runs eagerly instead of being recompiled."""
+    """The context of a training step's forward pass. A smaller last batch (not `whole`) runs eagerly, not recompiled.
+
+    With CUDA graphs the pass may overwrite what the network returned in the last one.
+    """
+    if torch.cuda.is_available():
+        torch.compiler.cudagraph_mark_step_begin()
     return contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager")
 
 

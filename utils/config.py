@@ -219,6 +219,7 @@ PRETRAINING = {
     "monitor_every": _at_least_0(int, 0),  # epochs between held-out retrievals; 0: never
     "precision": _one_of("fp32", "tf32", "bf16", "fp16", default=None, nullable=True),  # null: bf16 on a GPU, else fp32
     "compile": _flag(None, nullable=True),  # null: on a GPU
+    "cuda_graphs": _flag(True),  # record a single process' compiled steps
     "gradient_compression": _one_of("bf16", default=None, nullable=True),  # between processes; null: float32
     "accumulate": _positive(int, 1),  # micro-batches per batch, one forward and backward pass each
     "max_bad_fraction": _share(0.02),  # fraction of an epoch's samples

@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.compiling import OPTIONS, compiles
+from utils.compiling import CUDA_GRAPHS, OPTIONS, compiles
 from utils.errors import STATUS, Preempted, RunFailed, UserError, end_log, in_one_line, lost_worker, message_of
 from utils.memory import default_device
 from utils.processes import cores
@@ -145,12 +145,24 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def records_graphs(cfg: Mapping, device: torch.device) -> bool:
+    """Whether a pre-training's compiled forward and backward passes are recorded as CUDA graphs, each queued as one.
+
+    As `cuda_graphs` says, if a single process on a GPU steps after every micro-batch. DDP's buckets would split the
+    graphs, and accumulated gradients would be overwritten.
+    """
+    if not cfg["cuda_graphs"] or device.type != "cuda" or world_size() > 1 or cfg["accumulate"] > 1:
+        return False
+    return compiles(cfg["compile"], device)
+
+
 def wrap(
     model: nn.Module,
     compiled: bool | None,
     device: torch.device,
     compression: str | None = None,
     static: bool = False,
+    graphs: bool = False,
     options: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Prepare `model` for training steps: compile it, and with several processes wrap it in DDP.
@@ -164,10 +176,11 @@ def wrap(
             more than two CPU processes in float32.
         static: every step runs the same graph and synchronises (no accumulation). Ignored for a compiled model, whose
             graph is split at DDP's buckets, which rules it out.
+        graphs: see `records_graphs`. Outputs and gradients of a step are then overwritten by the next.
         options: of torch.compile's inductor, in addition to `OPTIONS`.
     """
     if compiled := compiles(compiled, device):
-        model.compile(options={**OPTIONS, **(options or {})})
+        model.compile(options={**OPTIONS, **(CUDA_GRAPHS if graphs else {}), **(options or {})})
     if world_size() == 1:
         return model
     net = DistributedDataParallel(

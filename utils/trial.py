@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from utils.compiling import OPTIONS
 from utils.distributed import any_rank, world_size
 from utils.errors import lost_worker
 from utils.logger import duration, log
@@ -52,8 +53,9 @@ def try_compiled(
     forward: Callable[[dict], Tensor | tuple[Tensor, ...]],
     net: nn.Module,
     prepare: nn.Module,
+    graphs: bool = False,
 ) -> Iterator[dict]:
-    """Compile `net` and `prepare`, which are marked for it, with a forward and backward pass of the first batch.
+    """Compile `net` and `prepare`, which are marked for it, with forward and backward passes of the first batch.
 
     Only a real step shows whether torch.compile works on a network. If it fails on any rank, both modules run
     uncompiled on all ranks from here on, and a warning gives the reason. Weights, gradients and BN statistics are left
@@ -63,6 +65,7 @@ def try_compiled(
         forward: maps a batch to the outputs of `net`, which must require gradients. Must be the function that the
             training loop calls, under the same autocast, to avoid recompilation there.
         net: as returned by `wrap`.
+        graphs: as passed to `wrap`. If the passes can be compiled but not recorded, `net` is compiled without.
 
     Returns:
         All of `batches`, the first one included.
@@ -74,7 +77,13 @@ def try_compiled(
         return itertools.chain([batch], batches)
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
     start = time.perf_counter()
-    _, reason = attempt(lambda: _pass(batch, forward, net))
+    passes = 3 if graphs else 1  # CUDA graphs are recorded by the second and replayed by the third
+    _, reason = attempt(lambda: _pass(batch, forward, net, passes))
+    if graphs and reason is not None:
+        log.warning("CUDA graphs: failed, going on without: %s", reason)
+        torch.compiler.reset()
+        net.compile(options=OPTIONS)
+        _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
         log.warning("compile: failed, going on without: %s", reason or "it failed on another rank")
         uncompile(net, prepare)
@@ -86,12 +95,14 @@ def try_compiled(
     return itertools.chain([batch], batches)
 
 
-def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
+def _pass(batch: dict, forward: Callable, net: nn.Module, times: int = 1) -> None:
     """Forward and backward pass, without DDP's gradient synchronisation."""
-    with nullcontext() if world_size() == 1 else net.no_sync():
-        outputs = forward(batch)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    for _ in range(times):
+        with nullcontext() if world_size() == 1 else net.no_sync():
+            outputs = forward(batch)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        net.zero_grad(set_to_none=True)
 
 
 def uncompile(*modules: nn.Module) -> None:

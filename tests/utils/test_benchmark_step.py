@@ -28,7 +28,9 @@ from utils.benchmark.forms import (
 from utils.benchmark.inference import Forward, backbone_of, inference_forms
 from utils.benchmark.step import first_calls
 from utils.benchmark.tools import count_bytes, count_flops, matrix_ceiling, time_in_turns
+from utils.compiling import CUDA_GRAPHS, OPTIONS
 from utils.config import load_config
+from utils.distributed import records_graphs, wrap
 from utils.errors import RunFailed, UserError
 from utils.memory import keep_freed_memory
 
@@ -135,6 +137,21 @@ def test_a_row_for_each_option_of_inductor(monkeypatch):
     monkeypatch.setattr("utils.distributed.compiles", lambda *_: True)
     Step(config(), added[3], synthetic_batch(config(), CPU), CPU)
     assert asked[0]["options"] == {"realize_reads_threshold": 5, "combo_kernels": True}
+
+
+def test_cuda_graphs_are_recorded_where_they_can_be(monkeypatch):
+    gpu, cfg = torch.device("cuda"), config()
+    monkeypatch.setattr("utils.distributed.compiles", lambda asked, device: asked is not False)
+    assert records_graphs(cfg, gpu) and not records_graphs(cfg, CPU)
+    for change in ({"cuda_graphs": False}, {"accumulate": 2}, {"compile": False}):
+        assert not records_graphs(cfg | change, gpu)
+    monkeypatch.setattr("utils.distributed.world_size", lambda: 2)
+    assert not records_graphs(cfg, gpu)
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: asked.append(given["options"]))
+    monkeypatch.setattr("utils.distributed.world_size", lambda: 1)
+    wrap(nn.Linear(2, 2), True, gpu, graphs=True), wrap(nn.Linear(2, 2), True, gpu)
+    assert asked == [OPTIONS | CUDA_GRAPHS, OPTIONS]
 
 
 def test_a_step_trains_and_the_host_bank_draws_what_it_should():

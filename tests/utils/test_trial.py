@@ -11,6 +11,7 @@ from torch import nn
 from datasets.preprocessing import VideoPrep
 from utils.benchmark.forms import Form
 from utils.benchmark.step import first_calls
+from utils.compiling import OPTIONS
 from utils.distributed import wrap
 from utils.frozen import FrozenEncoder
 from utils.trial import attempt, try_compiled
@@ -68,11 +69,11 @@ def batches(count=3):
     return [{"frames": torch.randn(8, 6, generator=generator)} for _ in range(count)]
 
 
-def tried(net, prepare=None, data=None):
+def tried(net, prepare=None, data=None, graphs=False):
     """All batches after the trial."""
     prepare = prepare or nn.Identity()
     data = iter(batches() if data is None else data)
-    stream = try_compiled(data, lambda batch: net(prepare(batch["frames"])), net, prepare)
+    stream = try_compiled(data, lambda batch: net(prepare(batch["frames"])), net, prepare, graphs)
     return list(stream)
 
 
@@ -124,6 +125,32 @@ def test_what_can_be_compiled_is_and_stays_so(told):
         torch.testing.assert_close(model(batch["frames"]), plain(batch["frames"]))
     torch.testing.assert_close(model.bn.running_mean, plain.bn.running_mean)
     assert len(graphs) == 1
+
+
+def test_what_cannot_be_recorded_as_cuda_graphs_is_compiled_without(told, monkeypatch):
+    """The second pass records them."""
+    model, plain, calls, asked = Network(), Network(), [], []
+
+    def recording(graph, inputs):
+        def run(*args):
+            calls.append(0)
+            if len(calls) == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return graph(*args)
+
+        return run
+
+    model.compile(backend=recording)
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, options: (asked.append(options), compile_with(self, backend="aot_eager"))
+    )
+    assert len(tried(model, graphs=True)) == 3 and asked == [OPTIONS] and len(calls) == 2
+    assert "CUDA graphs: failed, going on without: RuntimeError: operation not permitted" in told.text
+    assert "compiled, and one batch tried, in " in told.text and "compile: failed" not in told.text
+    assert model._compiled_call_impl is not None
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_no_batch_and_one_without_clips_are_not_tried(told):

@@ -22,7 +22,7 @@ from models.network_blocks import (
 )
 from models.video import R2Plus1d
 from utils.compiling import compiles
-from utils.distributed import wrap
+from utils.distributed import records_graphs, wrap
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.optim import build_optimizer
@@ -43,6 +43,7 @@ class Form:
     device_negatives: bool = False
     keeps_memory: bool = False  # freed memory, on a CPU; PyTorch does so on a GPU
     compiled: bool = False
+    graphs: bool = False  # CUDA graphs
     options: Mapping[str, object] = field(default_factory=dict)  # of inductor, beside utils.compiling.OPTIONS
 
 
@@ -75,6 +76,9 @@ def forms_of(cfg: dict, device: torch.device) -> tuple[list[Form], list[str]]:
     asked = cfg["compile"]
     why = "off on a CPU (--set compile=true)" if asked is None and not gpu else "off or not possible here"
     add(compiles(asked, device), why, "+ torch.compile", compiled=True)
+    if forms[-1].compiled and gpu:
+        why = "they need one process, accumulate: 1 and cuda_graphs: true"
+        add(records_graphs(cfg, device), why, "+ CUDA graphs", graphs=True)
     return forms, left_out
 
 
@@ -161,7 +165,7 @@ class Step:
                 group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's defaults
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
         compression = cfg["gradient_compression"]
-        self.net = wrap(self.model, form.compiled, device, compression, static=True, options=form.options)
+        self.net = wrap(self.model, form.compiled, device, compression, True, form.graphs, form.options)
         if form.compiled:
             self.prepare.video.compile(dynamic=False)
 

@@ -162,11 +162,11 @@ def first_calls(
     """
     rows, failed = [], []
     for form in forms:
-        before, call = allocated(device), build(form)
+        before, call = held(device), build(form)
         row = Row(form, call)
         if form.compiled:
             row.first_s, reason = attempt(lambda call=call: seconds_of(call, device))
-            if reason is None and form.options:  # CUDA graphs are recorded by the second call, replayed by the third
+            if reason is None and (form.graphs or form.options):  # CUDA graphs are recorded, then replayed
                 _, reason = attempt(lambda call=call: [call(), call()])
             if reason is not None:
                 failed.append(f"{form.name}: left out, it failed: {reason}")
@@ -174,7 +174,7 @@ def first_calls(
         else:
             row.first_s = seconds_of(call, device)
         check_finite(form.name, call)
-        row.static = allocated(device) - before
+        row.static = held(device) - before
         rows.append(row)
         print(f"{form.name}: first call {row.first_s:.1f} s", file=sys.stderr)
     return rows, failed
@@ -266,6 +266,14 @@ def seconds_of(run: Run, device: torch.device) -> float:
 def allocated(device: torch.device) -> int:
     """Bytes in use on a GPU; 0 on a CPU, whose allocator does not report them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def held(device: torch.device) -> int:
+    """Bytes held between calls: those in use, and all that CUDA graphs keep in memory pools of their own."""
+    if device.type != "cuda":
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return allocated(device) + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def _peak(row: Row, device: torch.device) -> float | None:

@@ -255,7 +255,8 @@ def bar_chart(file: str | Path, title: str, names: Sequence[str], values: Sequen
     """Draw horizontal bars, the first on top, each with its value and its ratio to the first."""
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.45 * len(names)), layout="constrained")
     bars = axes.barh(range(len(names)), values, color=["#9aa5b1", *["#2f6f9f"] * (len(names) - 1)])
-    axes.bar_label(bars, [f"{value:.3g}  ({value / values[0]:.2f}x)" for value in values], padding=4)
+    labels = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+    axes.bar_label(bars, [f"{n}  ({v / values[0]:.2f}x)" for n, v in zip(labels, values, strict=True)], padding=4)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.3)
