@@ -4,7 +4,7 @@
 #     tests/on_gpu.sh OUT SECONDS [PART ...]
 #
 # Parts, the most wanted first, which is the order without a name:
-#     smoke      the quick GPU tests, SyncBN among them
+#     smoke      the quick GPU tests, CUDA graphs and SyncBN among them
 #     step       the training step's table
 #     learn      VICReg and xID on the clips in data/grid-s1, 40 epochs side by side; a second call goes on with them
 #     training   loader and step together, on the same clips, decoded once and as they come
@@ -41,8 +41,8 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
 }
 
 smoke() {
-    part smoke 150 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py \
-        -k "waits or guard or fp32 or pass or synchronised"
+    part smoke 220 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py \
+        -k "graphs or None or waits or guard or fp32 or pass or synchronised"
 }
 
 step() {

@@ -96,7 +96,7 @@ def test_a_run_in_each_precision(tmp_path, videos, script, precision):
     changes["monitor_every"] = 2
     logs = {**ENV, "TORCH_LOGS": "recompiles,perf_hints"}
     done = run(write_config(tmp_path, videos, script=script, **changes), script=script, env=logs)
-    assert "skipping cudagraphs" not in done.stderr
+    assert "skipping cudagraphs" not in done.stderr and "CUDA graphs: failed" not in done.stdout
     assert "held out, after 2 epochs" in done.stdout
     assert ("compiled, and one batch tried" in done.stdout) == (precision is None) and "Recompiling" not in done.stderr
     losses = train_losses(tmp_path / "runs/tiny")
