@@ -3,7 +3,8 @@
 Interface of a loss: main-vicreg.py calls it with the two embeddings of a rank's clips, (N, D) each; main-ssl.py with
 the embeddings, the videos' indices (N,) and the epoch. It returns a scalar. The mean over ranks of this scalar, and of
 its gradients, are those of the whole batch (`utils.distributed.gather_with_grad`). It computes in float32 regardless of
-autocast. Each call sets `stats`, a dict of 0-dim tensors on the device for the log, always with the same keys; if these
+autocast. It keeps no reference to its inputs, only copies: with CUDA graphs the next step writes to the same memory.
+Each call sets `stats`, a dict of 0-dim tensors on the device for the log, always with the same keys; if these
 include `pos_cos`, `neg_cos`, `video_spread` and `audio_spread` (`criterions.stats`), the log warns of a collapse. Its
 buffers are saved and restored with the run. A loss that holds only a part of them on each rank has a method `assemble`,
 which all ranks call before rank 0 saves.

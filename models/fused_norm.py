@@ -42,8 +42,9 @@ def gradient_of_input(
     if not of_batch:
         return scale, torch.zeros_like(scale), torch.zeros_like(scale)
     count = x.numel() // x.shape[1]
-    times = -scale * rstd * d_weight / count
-    return scale, times, -scale * d_bias / count - times * mean
+    slope = scale * rstd * d_weight / count
+    # c is written without b, which is stored beside it: a kernel of both is one that Triton 3.6 cannot always compile
+    return scale, -slope, slope * mean - scale * d_bias / count
 
 
 def all_but_channels(x: Tensor) -> list[int]:

@@ -1,6 +1,6 @@
 """Compile a training step for a GPU with torch.compile, on a machine that has none.
 
-    python3 -m tests.for_a_gpu [--capability 90] [--out DIR] [CFG ...]
+    python3 -m tests.for_a_gpu [--capability 90] [--out DIR] [CFG ... [--set KEY=VALUE]]
 
 For use before a GPU is borrowed for minutes. The network of each configuration is traced as for a GPU, its graphs are
 marked as being on one, inductor generates its kernels, and Triton compiles these and our own to machine code. What
@@ -8,6 +8,7 @@ fails here fails there, after a minute of compilation. It also estimates how muc
 cuDNN's and our own; --out keeps inductor's code, which shows copies and what is stored in float32. Criterion,
 preprocessing and optimizer are skipped.
 
+Run it with the GPU machine's version of PyTorch: another has another Triton, which may fail where this one does not.
 It relies on PyTorch's internals, and is run by hand.
 """
 
@@ -16,6 +17,7 @@ import collections
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +48,11 @@ from utils.compiling import OPTIONS
 from utils.config import load_config
 
 GPU = torch.device("cuda", 0)
-CONFIGS = ("configs/VGGSound-N1024.yaml", "configs/grid/vicreg.yaml")
+CASES = {  # configurations, and the keys to change; of small clips and batches other kernels are made
+    "configs/VGGSound-N1024.yaml": [],
+    "configs/grid/vicreg.yaml": [],
+    "configs/demo/xid.yaml": ["dataset.batch_size=16"],
+}
 BYTES = {"float32": 4, "bfloat16": 2, "bool": 1, "int8": 1, "int64": 8, "int32": 4}
 KERNEL = re.compile(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 Properties = collections.namedtuple(
@@ -63,11 +69,15 @@ class Captured(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cfgs", metavar="CFG", nargs="*", default=CONFIGS, help="pre-training configurations")
+    parser.add_argument(
+        "cfgs", metavar="CFG", nargs="*", help=f"pre-training configurations; default: {', '.join(CASES)}"
+    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key; repeatable")
     parser.add_argument("--capability", type=int, default=90, help="compute capability: 90 for an H100, 80 for an A100")
     parser.add_argument("--out", type=Path, help="folder for inductor's code")
     args = parser.parse_args()
-    graphs = {cfg: graphs_of(cfg) for cfg in args.cfgs}
+    cases = {cfg: args.set for cfg in args.cfgs} or {cfg: changes + args.set for cfg, changes in CASES.items()}
+    graphs = {cfg: graphs_of(cfg, changes) for cfg, changes in cases.items()}
     pretend(args.capability)
     compile_ours(args.capability)
     failed = 0
@@ -85,7 +95,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def graphs_of(cfg_file: str) -> list[torch.fx.GraphModule]:
+def graphs_of(cfg_file: str, changes: Sequence[str] = ()) -> list[torch.fx.GraphModule]:
     """A network's forward and backward graphs in bf16, as torch.compile traces them for a GPU."""
     graphs = []
 
@@ -93,7 +103,7 @@ def graphs_of(cfg_file: str) -> list[torch.fx.GraphModule]:
         graphs.append(graph)
         return _stop
 
-    cfg = load_config(cfg_file)
+    cfg = load_config(cfg_file, changes)
     network_blocks.compiled_for_a_gpu = lambda x: torch.compiler.is_compiling()
     network_blocks.StemConv._channel_group = staticmethod(lambda x: 8)
     torch._C._conv_determine_backend_memory_format = lambda *args: torch.channels_last  # as for cuDNN, on a CPU too

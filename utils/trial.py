@@ -77,13 +77,14 @@ def try_compiled(
         return itertools.chain([batch], batches)
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
     start = time.perf_counter()
-    passes = 3 if graphs else 1  # CUDA graphs are recorded by the second and replayed by the third
-    _, reason = attempt(lambda: _pass(batch, forward, net, passes))
-    if graphs and reason is not None:
-        log.warning("CUDA graphs: failed, going on without: %s", reason)
-        torch.compiler.reset()
-        net.compile(options=OPTIONS)
-        _, reason = attempt(lambda: _pass(batch, forward, net))
+    _, reason = attempt(lambda: _pass(batch, forward, net))
+    if graphs and reason is None:  # the second pass records CUDA graphs, the third replays them
+        _, unrecorded = attempt(lambda: [_pass(batch, forward, net) for _ in range(2)])
+        if unrecorded is not None:
+            log.warning("CUDA graphs: failed, going on without: %s", unrecorded)
+            torch.compiler.reset()
+            net.compile(options=OPTIONS)
+            _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
         log.warning("compile: failed, going on without: %s", reason or "it failed on another rank")
         uncompile(net, prepare)
@@ -95,14 +96,13 @@ def try_compiled(
     return itertools.chain([batch], batches)
 
 
-def _pass(batch: dict, forward: Callable, net: nn.Module, times: int = 1) -> None:
-    """Forward and backward pass, without DDP's gradient synchronisation."""
-    for _ in range(times):
-        with nullcontext() if world_size() == 1 else net.no_sync():
-            outputs = forward(batch)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        net.zero_grad(set_to_none=True)
+def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
+    """Forward and backward pass, without DDP's gradient synchronisation; the gradients are dropped."""
+    with nullcontext() if world_size() == 1 else net.no_sync():
+        outputs = forward(batch)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    net.zero_grad(set_to_none=True)
 
 
 def uncompile(*modules: nn.Module) -> None:

@@ -269,11 +269,11 @@ def allocated(device: torch.device) -> int:
 
 
 def held(device: torch.device) -> int:
-    """Bytes held between calls: those in use, and all that CUDA graphs keep in memory pools of their own."""
+    """Bytes held between calls: those in use, and what CUDA graphs keep unused in memory pools of their own."""
     if device.type != "cuda":
         return 0
-    segments = torch.cuda.memory_snapshot()
-    return allocated(device) + sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return allocated(device) + sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
 
 
 def _peak(row: Row, device: torch.device) -> float | None:
