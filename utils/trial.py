@@ -24,8 +24,11 @@ FAILURES = (RuntimeError, AssertionError, TritonError)
 Result = TypeVar("Result")
 
 
-def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
+def attempt(call: Callable[[], Result], spare: bool = False) -> tuple[Result | None, str | None]:
     """Call something compiled; return its result and None, or None and the reason for its failure in one line.
+
+    Args:
+        spare: too little memory is a failure like others, as there is a way with less.
 
     Raises:
         torch.OutOfMemoryError: not counted as a failure of the compiler, and neither is a DataLoader worker's death,
@@ -33,8 +36,10 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """
     try:
         return call(), None
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        if not spare:
+            raise
+        return None, _in_one_line(error)
     except FAILURES as error:
         if (message := lost_worker(error)) is not None:
             raise RuntimeError(message) from error
@@ -79,11 +84,10 @@ def try_compiled(
     start = time.perf_counter()
     _, reason = attempt(lambda: _pass(batch, forward, net))
     if graphs and reason is None:  # the second pass records CUDA graphs, the third replays them
-        _, unrecorded = attempt(lambda: [_pass(batch, forward, net) for _ in range(2)])
+        _, unrecorded = attempt(lambda: [_pass(batch, forward, net) for _ in range(2)], spare=True)
         if unrecorded is not None:
             log.warning("CUDA graphs: failed, going on without: %s", unrecorded)
-            torch.compiler.reset()
-            net.compile(options=OPTIONS)
+            _compile_without_graphs(net)
             _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
         log.warning("compile: failed, going on without: %s", reason or "it failed on another rank")
@@ -103,6 +107,13 @@ def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     net.zero_grad(set_to_none=True)
+
+
+def _compile_without_graphs(net: nn.Module) -> None:
+    net.zero_grad(set_to_none=True)
+    torch.compiler.reset()  # the graphs' memory, too
+    torch.cuda.empty_cache()
+    net.compile(options=OPTIONS)
 
 
 def uncompile(*modules: nn.Module) -> None:
