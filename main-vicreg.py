@@ -122,7 +122,8 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
         return
     guard.protect(model)
     graphs = records_graphs(cfg, device)
-    net = wrap(model, cfg["compile"], device, cfg["gradient_compression"], accumulate == 1, graphs)
+    compression = cfg["gradient_compression"]
+    net = wrap(model, cfg["compile"], device, compression, static=accumulate == 1, graphs=graphs)
     if compiles(cfg["compile"], device):
         prepare.video.compile(dynamic=False)
 

@@ -52,6 +52,7 @@ CASES = {  # configurations, and the keys to change; of small clips and batches 
     "configs/VGGSound-N1024.yaml": [],
     "configs/grid/vicreg.yaml": [],
     "configs/demo/xid.yaml": ["dataset.batch_size=16"],
+    "configs/demo/vicreg.yaml": ["dataset.batch_size=16"],
 }
 BYTES = {"float32": 4, "bfloat16": 2, "bool": 1, "int8": 1, "int64": 8, "int32": 4}
 KERNEL = re.compile(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", re.DOTALL)

@@ -41,7 +41,7 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
 }
 
 smoke() {
-    part smoke 220 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py \
+    part smoke 300 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py \
         -k "graphs or None or waits or guard or fp32 or pass or synchronised"
 }
 

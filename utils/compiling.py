@@ -28,9 +28,10 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
 
 
 def for_batch(whole: bool) -> contextlib.AbstractContextManager:
-    """The context of a training step's forward pass. A smaller last batch (not `whole`) runs eagerly, not recompiled.
+    """The context of a training step's forward pass; to be called for each, since it also tells CUDA graphs of it.
 
-    With CUDA graphs the pass may overwrite what the network returned in the last one.
+    A smaller last batch (not `whole`) runs eagerly instead of being recompiled. With CUDA graphs the pass may overwrite
+    what the network returned in the last one.
     """
     if torch.cuda.is_available():
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,5 +1,9 @@
-"""A trial batch through a compiled network before training: if it fails, the run warns and continues uncompiled."""
+"""A trial batch through a compiled network before training: if it fails, the run warns and continues uncompiled.
 
+If only CUDA graphs fail, it continues compiled without them.
+"""
+
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +35,8 @@ def attempt(call: Callable[[], Result], spare: bool = False) -> tuple[Result | N
         spare: too little memory is a failure like others, as there is a way with less.
 
     Raises:
-        torch.OutOfMemoryError: not counted as a failure of the compiler, and neither is a DataLoader worker's death,
-            which PyTorch raises wherever the main process happens to be.
+        torch.OutOfMemoryError: unless `spare`, not counted as a failure of the compiler.
+        RuntimeError: a DataLoader worker died, which PyTorch raises wherever the main process happens to be.
     """
     try:
         return call(), None
@@ -70,7 +74,8 @@ def try_compiled(
         forward: maps a batch to the outputs of `net`, which must require gradients. Must be the function that the
             training loop calls, under the same autocast, to avoid recompilation there.
         net: as returned by `wrap`.
-        graphs: as passed to `wrap`. If the passes can be compiled but not recorded, `net` is compiled without.
+        graphs: as passed to `wrap`. If the passes can be compiled but not recorded, also for want of memory, `net` is
+            compiled without.
 
     Returns:
         All of `batches`, the first one included.
@@ -88,12 +93,14 @@ def try_compiled(
         if unrecorded is not None:
             log.warning("CUDA graphs: failed, going on without: %s", unrecorded)
             _compile_without_graphs(net)
+            graphs = False
             _, reason = attempt(lambda: _pass(batch, forward, net))
     if any_rank(reason is not None):
         log.warning("compile: failed, going on without: %s", reason or "it failed on another rank")
         uncompile(net, prepare)
     else:
-        log.info("compiled, and one batch tried, in %s", duration(time.perf_counter() - start))
+        recorded = ", recorded as CUDA graphs" if graphs else ""
+        log.info("compiled%s, and one batch tried, in %s", recorded, duration(time.perf_counter() - start))
     for buffer, value in kept:
         buffer.copy_(value)
     net.zero_grad(set_to_none=True)
@@ -111,7 +118,8 @@ def _pass(batch: dict, forward: Callable, net: nn.Module) -> None:
 
 def _compile_without_graphs(net: nn.Module) -> None:
     net.zero_grad(set_to_none=True)
-    torch.compiler.reset()  # the graphs' memory, too
+    torch.compiler.reset()
+    gc.collect()  # what was compiled holds the graphs and their memory
     torch.cuda.empty_cache()
     net.compile(options=OPTIONS)
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,21 @@ def test_cuda_graphs_are_recorded_where_they_can_be(monkeypatch):
     assert asked == [OPTIONS | CUDA_GRAPHS, OPTIONS]
 
 
+def test_the_last_row_on_a_gpu_is_that_of_cuda_graphs(monkeypatch):
+    gpu, cfg, asked = torch.device("cuda"), config(), []
+    for name in ("utils.benchmark.forms.compiles", "utils.distributed.compiles"):
+        monkeypatch.setattr(name, lambda asked, device: True)
+    monkeypatch.setattr("utils.benchmark.forms.multiplies_in_tf32", lambda device: True)
+    monkeypatch.setattr("utils.benchmark.forms.Precision", lambda name, device: SimpleNamespace(name="bf16"))
+    *_, compiled, recorded = forms_of(cfg, gpu)[0]
+    assert recorded == replace(compiled, name="+ CUDA graphs", graphs=True) and compiled.compiled
+    assert forms_of(cfg | {"cuda_graphs": False}, gpu)[0][-1] == compiled
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: asked.append(given))
+    for form in (compiled, recorded):
+        Step(cfg, form, synthetic_batch(cfg, CPU), CPU)
+    assert [given["options"] for given in asked if "options" in given] == [OPTIONS, OPTIONS | CUDA_GRAPHS]
+
+
 def test_a_step_trains_and_the_host_bank_draws_what_it_should():
     cfg = config()
     step = Step(cfg, PLAIN, synthetic_batch(cfg, CPU), CPU)
@@ -213,21 +229,23 @@ def test_what_computes_nan_is_not_timed():
         first_calls([Form("some form", "fp32")], lambda form: lambda: torch.tensor([0.0, float("nan")]), CPU)
 
 
-def test_a_row_whose_second_call_fails_is_left_out():
+@pytest.mark.parametrize("changes", [{"options": {"triton.cudagraphs": True}}, {"graphs": True}])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_a_row_whose_second_call_fails_is_left_out(changes, error):
     """CUDA graphs are recorded by the second call: what fails there must not take the other rows with it."""
     calls = []
 
     def call():
         calls.append(0)
         if len(calls) == 2:
-            raise RuntimeError("cannot be recorded")
+            raise error("cannot be recorded")
         return torch.zeros(1)
 
-    graphs = Form("graphs", "bf16", compiled=True, options={"triton.cudagraphs": True})
+    graphs = Form("graphs", "bf16", compiled=True, **changes)
     forms = {"eager": lambda: torch.ones(1), "graphs": call}
     rows, failed = first_calls([Form("eager", "fp32"), graphs], lambda form: forms[form.name], CPU)
     assert [row.form.name for row in rows] == ["eager"]
-    assert len(failed) == 1 and "graphs: left out, it failed: RuntimeError: cannot be recorded" in failed[0]
+    assert len(failed) == 1 and f"graphs: left out, it failed: {error.__name__}: cannot" in failed[0]
 
 
 def test_step_and_inference_write_what_they_promise(monkeypatch, tmp_path, capsys):

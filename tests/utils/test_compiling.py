@@ -204,6 +204,16 @@ def test_a_rest_is_not_compiled_anew():
     torch.compiler.reset()
 
 
+def test_on_a_gpu_every_training_pass_begins_a_step_of_cuda_graphs(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(0))
+    for on_gpu, whole in ((False, True), (True, True), (True, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+        with for_batch(whole):
+            assert len(begun) == on_gpu
+        begun.clear()
+
+
 def test_measuring_between_epochs_compiles_nothing():
     graphs, frames = [], torch.randint(256, (2, 3, 12, 12, 3), dtype=torch.uint8)
 

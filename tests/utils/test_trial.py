@@ -17,6 +17,7 @@ from utils.frozen import FrozenEncoder
 from utils.trial import attempt, try_compiled
 
 CPU = torch.device("cpu")
+COMPILE = nn.Module.compile
 
 
 class Failing(torch.autograd.Function):
@@ -110,15 +111,15 @@ def test_a_preprocessing_that_cannot_be_compiled_is_found_as_well(told):
 
 
 def test_what_can_be_compiled_is_and_stays_so(told):
-    model, plain, graphs = Network(), Network(), []
+    model, plain, graphs, runs = Network(), Network(), [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return graph
+        return lambda *args: (runs.append(0), graph(*args))[1]
 
     model.compile(backend=backend)
     seen = tried(model)
-    assert len(seen) == 3 and "compiled, and one batch tried, in " in told.text
+    assert len(seen) == 3 and "compiled, and one batch tried, in " in told.text and len(runs) == 1
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     for batch in seen:
@@ -127,31 +128,64 @@ def test_what_can_be_compiled_is_and_stays_so(told):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-def test_what_cannot_be_recorded_as_cuda_graphs_is_compiled_without(told, monkeypatch, error):
-    """The second pass records them; their memory is not shared with anything else, so that it may not be enough."""
-    model, plain, calls, asked = Network(), Network(), [], []
+def record(model, fails_at=None, error=RuntimeError, and_then=lambda: None):
+    """Compile `model` for a backend that fails in one of its calls; returns the list of calls."""
+    calls = []
 
-    def recording(graph, inputs):
+    def backend(graph, inputs):
         def run(*args):
             calls.append(0)
-            if len(calls) == 2:
+            assert all(p.grad is None for p in model.parameters())
+            if len(calls) == fails_at:
+                and_then()
                 raise error("operation not permitted when stream is capturing")
             return graph(*args)
 
         return run
 
-    model.compile(backend=recording)
-    compile_with = nn.Module.compile
+    COMPILE(model, backend=backend)
+    return calls
+
+
+@pytest.fixture
+def compiled_again(monkeypatch):
+    """PyTorch's resets and the options of further compilations, which are done by `aot_eager`."""
+    asked, reset = [], torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (asked.append("reset"), reset()))
     monkeypatch.setattr(
-        nn.Module, "compile", lambda self, options: (asked.append(options), compile_with(self, backend="aot_eager"))
+        nn.Module, "compile", lambda self, options: (asked.append(options), COMPILE(self, backend="aot_eager"))
     )
-    assert len(tried(model, graphs=True)) == 3 and asked == [OPTIONS] and len(calls) == 2
+    return asked
+
+
+def test_cuda_graphs_are_recorded_and_replayed_before_training(told):
+    model = Network()
+    calls = record(model)
+    assert len(tried(model, graphs=True)) == 3 and len(calls) == 3
+    assert "compiled, recorded as CUDA graphs, and one batch tried, in " in told.text
+
+
+@pytest.mark.parametrize(("fails_at", "error"), [(2, RuntimeError), (3, RuntimeError), (2, torch.OutOfMemoryError)])
+def test_what_cannot_be_recorded_as_cuda_graphs_is_compiled_without(told, compiled_again, fails_at, error):
+    """The second pass records them, the third replays; their memory is not shared, so that it may not be enough."""
+    model, plain = Network(), Network()
+    calls = record(model, fails_at, error)
+    assert len(tried(model, graphs=True)) == 3
+    assert compiled_again == ["reset", OPTIONS] and len(calls) == fails_at
     assert f"CUDA graphs: failed, going on without: {error.__name__}: operation not permitted" in told.text
     assert "compiled, and one batch tried, in " in told.text and "compile: failed" not in told.text
     assert model._compiled_call_impl is not None
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_can_be_neither_recorded_nor_compiled_again_runs_without(told, compiled_again):
+    model, plain = Network(), Network()
+    record(model, 2, and_then=lambda: setattr(model, "fails", "backward"))
+    seen = tried(model, graphs=True)
+    assert "CUDA graphs: failed" in told.text and "compile: failed, going on without: AssertionError" in told.text
+    assert model._compiled_call_impl is None and all(p.grad is None for p in model.parameters())
+    assert torch.equal(model(seen[0]["frames"]), plain(seen[0]["frames"]))
 
 
 def test_no_batch_and_one_without_clips_are_not_tried(told):

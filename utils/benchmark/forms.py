@@ -165,7 +165,9 @@ class Step:
                 group |= {"fused": False, "foreach": device.type == "cuda"}  # PyTorch's defaults
         self.prepare = BatchPrep(cfg["dataset"], _audio_stats(cfg) if "waveform" in batch else None, device)
         compression = cfg["gradient_compression"]
-        self.net = wrap(self.model, form.compiled, device, compression, True, form.graphs, form.options)
+        self.net = wrap(
+            self.model, form.compiled, device, compression, static=True, graphs=form.graphs, options=form.options
+        )
         if form.compiled:
             self.prepare.video.compile(dynamic=False)
 

@@ -1,12 +1,14 @@
 """The time of a training step on 1 to N processes of this node, and the bytes communicated per step.
 
 Every process has the same number of clips, so with perfect scaling a step always takes the same time. On a CPU the
-processes share cores and memory, so only the bytes are meaningful.
+processes share cores and memory, so only the bytes are meaningful. No step is recorded as CUDA graphs, as those of
+several processes cannot be.
 """
 
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,7 +88,7 @@ def _cells(row: dict) -> list[str]:
 def _measure(device: torch.device, cfg: dict, clips: int, steps: int, rounds: int, file: str) -> None:
     """Measure our step, in its last form, in one process; rank 0 writes the figures."""
     forms, _ = forms_of(cfg, device)
-    step = Step(cfg, forms[-1], synthetic_batch(cfg, device, clips, seed=rank()), device)
+    step = Step(cfg, replace(forms[-1], graphs=False), synthetic_batch(cfg, device, clips, seed=rank()), device)
     for _ in range(4):
         step()  # DDP settles its buckets in the first steps
     with CollectiveCounter(world_size()) as counter:

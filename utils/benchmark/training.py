@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     def train() -> Times:
         return one_step(step, on_device)
 
-    _, reason = attempt(step)
+    _, reason = attempt(lambda: [step() for _ in range(WARM_UP)])  # the second step records CUDA graphs
     if reason is not None:
         print(f"compile: failed, going on without: {reason}", file=sys.stderr)
         uncompile(step.net, step.prepare)
