@@ -43,7 +43,7 @@ def gradient_of_input(
         return scale, torch.zeros_like(scale), torch.zeros_like(scale)
     count = x.numel() // x.shape[1]
     slope = scale * rstd * d_weight / count
-    # c is written without b, which is stored beside it: a kernel of both is one that Triton 3.6 cannot always compile
+    # c is not computed from b: Triton 3.6 fails on some kernels that store b and compute c from it
     return scale, -slope, slope * mean - scale * d_bias / count
 
 
