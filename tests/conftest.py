@@ -22,16 +22,15 @@ torch.set_num_threads(1)  # tests run in parallel, and start processes, on few c
 # saves seconds of imports in each process; an optimizer imports the second
 multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "av"])
 
+BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
+VIDEO_CLOCK = 90000  # Hz
+TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise
+
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """On a GPU borrowed for minutes, print a failure at once: tests that run out of time print nothing at their end."""
     if report.failed and os.environ.get("AVSSRL_NEEDS_GPU"):
         sys.__stdout__.write(f"\n{report.longreprtext[-4000:]}\n")
-
-
-BITS = 8  # stripes of a picture, left to right: its index in binary, highest bit first
-VIDEO_CLOCK = 90000  # Hz
-TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counter-clockwise
 
 
 def _picture(index: int, size: tuple[int, int]) -> np.ndarray:

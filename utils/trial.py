@@ -28,20 +28,20 @@ FAILURES = (RuntimeError, AssertionError, TritonError)
 Result = TypeVar("Result")
 
 
-def attempt(call: Callable[[], Result], spare: bool = False) -> tuple[Result | None, str | None]:
+def attempt(call: Callable[[], Result], memory_too: bool = False) -> tuple[Result | None, str | None]:
     """Call something compiled; return its result and None, or None and the reason for its failure in one line.
 
     Args:
-        spare: too little memory is a failure like others, as there is a way with less.
+        memory_too: too little memory is a failure like any other, since the caller has a way that takes less.
 
     Raises:
-        torch.OutOfMemoryError: unless `spare`, not counted as a failure of the compiler.
+        torch.OutOfMemoryError: unless `memory_too`, not counted as a failure of the compiler.
         RuntimeError: a DataLoader worker died, which PyTorch raises wherever the main process happens to be.
     """
     try:
         return call(), None
     except torch.OutOfMemoryError as error:
-        if not spare:
+        if not memory_too:
             raise
         return None, _in_one_line(error)
     except FAILURES as error:
@@ -89,7 +89,7 @@ def try_compiled(
     start = time.perf_counter()
     _, reason = attempt(lambda: _pass(batch, forward, net))
     if graphs and reason is None:  # the second pass records CUDA graphs, the third replays them
-        _, unrecorded = attempt(lambda: [_pass(batch, forward, net) for _ in range(2)], spare=True)
+        _, unrecorded = attempt(lambda: [_pass(batch, forward, net) for _ in range(2)], memory_too=True)
         if unrecorded is not None:
             log.warning("CUDA graphs: failed, going on without: %s", unrecorded)
             _compile_without_graphs(net)

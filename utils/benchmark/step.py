@@ -167,7 +167,7 @@ def first_calls(
         if form.compiled:
             row.first_s, reason = attempt(lambda call=call: seconds_of(call, device))
             if reason is None and (form.graphs or form.options):  # CUDA graphs are recorded, then replayed
-                _, reason = attempt(lambda call=call: [call(), call()], spare=True)
+                _, reason = attempt(lambda call=call: [call(), call()], memory_too=True)
             if reason is not None:
                 failed.append(f"{form.name}: left out, it failed: {reason}")
                 continue
