@@ -100,7 +100,10 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
             f"dataset.batch_size: {data['batch_size']} exceeds the {len(clips)} clips of an epoch "
             f"({len(videos)} videos x {train['clips_per_video']}); lower it, or raise train.clips_per_video"
         )
-    return make_loader(clips, _workers(cfg), device, batch_sampler=batches)
+    sample_bytes = recipe.num_bytes * (2 if pairs else 1)
+    return make_loader(
+        clips, _workers(cfg), device, _staged(device, batches.micro_batch_size * sample_bytes), batch_sampler=batches
+    )
 
 
 def build_held_out(
@@ -217,7 +220,8 @@ def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> Dat
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
     clips = FreshClips(videos, recipe, train["clips_per_video"], cfg["seed"], train["use_shuffle"])
     batches = training_batches(cfg, len(clips), rank(), world_size())
-    return make_loader(clips, _workers(cfg), device, batch_sampler=batches, collate_fn=collate_readable)
+    batch_bytes = _staged(device, len(batches.own(0)) * recipe.num_bytes)
+    return make_loader(clips, _workers(cfg), device, batch_bytes, batch_sampler=batches, collate_fn=collate_readable)
 
 
 def training_batches(cfg: dict, clips: int, rank: int = 0, world_size: int = 1) -> SharedBatches:
@@ -248,6 +252,11 @@ def _decoded(cfg: dict, sound: bool = True) -> DecodedVideos | None:
     if not data["decode_once"]:
         return None
     return DecodedVideos(Path(cfg["cache_dir"]) / "decoded", data["audio_srate"] if sound else 0)
+
+
+def _staged(device: torch.device, batch_bytes: int) -> int:
+    """Return `make_loader`'s `batch_bytes`: batches for a GPU are staged. A CPU works on them where they are."""
+    return batch_bytes if device.type == "cuda" else 0
 
 
 def _workers(cfg: dict) -> int:

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from datasets.preprocessing import (
     no_video_augmentation,
     num_spectrogram_frames,
 )
+from datasets.staging import StagedLoader, Staging
 from utils.errors import UserError
 from utils.memory import give_back_freed_memory, keep_freed_memory
 from utils.processes import cores
@@ -142,6 +145,12 @@ class ClipRecipe:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape of a clip's frames: (T, crop_size, crop_size, 3)."""
         return self.num_frames, self.crop_size, self.crop_size, 3
+
+    @property
+    def num_bytes(self) -> int:
+        """The most that a clip and its sound take in a batch, in bytes."""
+        sound = round(self.audio_seconds * self.sample_rate) * 4
+        return math.prod(self.clip_shape) + sound + 4096  # index, label, and what is drawn for the augmentation
 
     @property
     def num_spectrogram_frames(self) -> int:
@@ -397,53 +406,62 @@ class EpochBatches(Sampler):
                 yield [(self.epoch + later, position) for position in range(start, start + share)]
 
 
-def collate(samples: list[dict]) -> dict:
+def collate(samples: list[dict], staging: Staging | None = None) -> dict:
     """Stack the samples of a batch and join their `failures`; `failed` counts the samples that have any.
 
     If a sample holds only failures, so does the batch, and they are also its `unreadable`: there are no partial
-    batches.
+    batches. With `staging`, the batch is left there.
     """
     failures = [sample["failures"] for sample in samples if sample["failures"]]
     batch = {"failures": [failure for sample in failures for failure in sample], "failed": len(failures)}
     for sample in samples:
         if "frames" not in sample:
             return batch | {"unreadable": sample["failures"]}
-    return batch | _stack(samples)
+    return batch | _stack(samples, staging)
 
 
-def collate_readable(samples: list[dict]) -> dict:
+def collate_readable(samples: list[dict], staging: Staging | None = None) -> dict:
     """Stack the samples that could be decoded and join all `failures`. For evaluation, where none is replaced."""
     failures = [failure for sample in samples for failure in sample["failures"]]
     readable = [sample for sample in samples if "frames" in sample]
-    return (_stack(readable) if readable else {}) | {"failures": failures}
+    return (_stack(readable, staging) if readable else {}) | {"failures": failures}
 
 
-def _stack(samples: list[dict]) -> dict:
+def _stack(samples: list[dict], staging: Staging | None) -> dict:
+    names = samples[0].keys() - {"failures"}
+    columns = {name: [torch.as_tensor(sample[name]) for sample in samples] for name in names}
+    staged = None if staging is None else staging.stack(columns)
     # default_collate stacks in shared memory in a worker, which saves a copy of the frames
-    keys = samples[0].keys() - {"failures"}
-    return {key: default_collate([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
+    return staged or {name: default_collate(values) for name, values in columns.items()}
 
 
 def make_loader(
-    dataset: Dataset, num_workers: int, device: torch.device | str = "cpu", **options: object
+    dataset: Dataset, num_workers: int, device: torch.device | str = "cpu", batch_bytes: int = 0, **options: object
 ) -> DataLoader:
     """Create a DataLoader with the project's common settings; `options` are passed on to it.
 
     The number of workers is limited to the cores available to this process. On Linux, workers are always forked (also
     in spawned ranks and with Python 3.14), since a fork shares imported modules, 225 MB per worker.
+
+    Args:
+        batch_bytes: if set, batches travel through `Staging` for as many bytes, where workers are forked. Then a batch
+            is overwritten after the next one was asked for. `collate_fn` must take `staging`.
     """
-    num_workers = min(num_workers, cores())
+    num_workers, on_gpu = min(num_workers, cores()), torch.device(device).type == "cuda"
+    forked = num_workers > 0 and sys.platform == "linux"
     options.setdefault("collate_fn", collate)
-    return DataLoader(
-        dataset,
-        num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # separate, so that the loader does not advance the global generator
-        worker_init_fn=_begin_worker,
-        multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
-        **options,
-    )
+    common = {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "generator": torch.Generator(),  # separate, so that the loader does not advance the global generator
+        "worker_init_fn": _begin_worker,
+        "multiprocessing_context": "fork" if forked else None,
+    }
+    if not (batch_bytes and forked):
+        return DataLoader(dataset, pin_memory=on_gpu, **common, **options)
+    staging = Staging(num_workers, batch_bytes, pin=on_gpu)
+    collate_fn = partial(options.pop("collate_fn"), staging=staging)
+    return StagedLoader(dataset, staging=staging, collate_fn=collate_fn, **common, **options)
 
 
 def _begin_worker(number: int) -> None:

@@ -22,8 +22,8 @@ shift 2
 export AVSSRL_NEEDS_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 logs=$(mktemp -d)
-gpu_tests="tests/test_gpu.py tests/models/test_stem_kernels.py tests/utils/test_compiling.py tests/utils/test_prefetch.py\
-    tests/utils/test_benchmark_step.py"
+gpu_tests="tests/test_gpu.py tests/models/test_stem_kernels.py tests/datasets/test_staging.py tests/utils/test_compiling.py\
+    tests/utils/test_prefetch.py tests/utils/test_benchmark_step.py"
 
 part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; SIGTERM, and SIGKILL 20 s later
     local name=$1 limit=$2 left=$((end - SECONDS - 20)) start=$SECONDS status=0
@@ -41,8 +41,8 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
 }
 
 smoke() {
-    part smoke 300 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py \
-        -k "graphs or None or waits or guard or fp32 or pass or synchronised"
+    part smoke 300 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py tests/datasets/test_staging.py \
+        -k "graphs or None or waits or guard or fp32 or pass or synchronised or staging"
 }
 
 step() {

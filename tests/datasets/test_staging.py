@@ -1,0 +1,142 @@
+"""datasets.staging: batches through memory that is used again are the batches of a plain DataLoader."""
+
+import logging
+import time
+
+import torch
+
+from datasets.staging import SLOTS, StagedLoader
+from datasets.video_dataset import EpochBatches, TrainingClips, VideoList, collate_readable, make_loader
+from tests.datasets.test_video_dataset import RECIPE, same
+from tests.tiny import needs_gpu
+from utils.prefetch import prefetch
+
+WORKERS, SIZE = 2, 4
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Samples that hold their position many times over; every fifth video cannot be read."""
+
+    def __init__(self, length=96, shape=(256, 64)):
+        self.length, self.shape = length, shape
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        position = key[1]
+        if position % 5 == 4:
+            return {"failures": [(f"video {position}", "broken")]}
+        return {
+            "index": position,
+            "frames": torch.full(self.shape, position, dtype=torch.uint8),
+            "waveform": torch.full((100,), position / 3),
+            "mask": torch.tensor([position % 2 == 0]),
+            "failures": [],
+        }
+
+
+def numbers(batch_bytes, device="cpu", **shape):
+    data = Numbers(**shape)
+    batches = EpochBatches(len(data), SIZE)
+    return make_loader(data, WORKERS, device, batch_bytes, batch_sampler=batches, collate_fn=collate_readable)
+
+
+def assert_same_batches(staged, plain):
+    """Compare each batch while it may be used, which is until the next one is asked for."""
+    count = 0
+    for batch, other in zip(staged, plain, strict=True):
+        assert same(batch, other)
+        count += 1
+    return count
+
+
+def test_real_clips_arrive_as_ever(tmp_path, make_video):
+    names = [f"{i}.mp4" for i in range(5)]
+    for name in names:
+        make_video(tmp_path / name, seconds=1.0, fps=16, audio_rate=16000)
+    (tmp_path / names[4]).write_bytes(b"broken")
+    clips = TrainingClips(VideoList(tmp_path, names), RECIPE, 12, seed=3)
+    batches = EpochBatches(len(clips), SIZE)
+    batches.start_at(0, 2, epochs=2)
+    staged = make_loader(clips, WORKERS, batch_bytes=SIZE * RECIPE.num_bytes, batch_sampler=batches)
+    assert isinstance(staged, StagedLoader)
+    seen = []
+    for batch, other in zip(staged, make_loader(clips, WORKERS, batch_sampler=batches), strict=True):
+        assert same(batch, other)
+        seen.append(batch["frames"].data_ptr())
+    assert len(seen) == 28 and len(set(seen)) == WORKERS * SLOTS  # each slot was used, and nothing else
+
+
+def test_a_batch_stays_whole_until_the_next_one_is_asked_for():
+    loader = numbers(SIZE * 32_768)
+    for step, batch in enumerate(loader):
+        if step % 4 == 0:
+            time.sleep(0.1)  # the workers fill all they may fill
+        expected = [p for p in range(step * SIZE, (step + 1) * SIZE) if p % 5 != 4]
+        assert batch["index"].tolist() == expected
+        assert batch["frames"].flatten(1).unique(dim=1).flatten().tolist() == expected
+        assert batch["frames"].shape == (len(expected), 256, 64)
+    assert step == 23
+
+
+def test_a_pass_that_is_left_early_spoils_no_later_one():
+    loader = numbers(SIZE * 32_768)
+    for _ in range(3):
+        for step, _batch in enumerate(loader):
+            if step == 6:
+                break
+        assert assert_same_batches(loader, numbers(0)) == 24
+
+
+def test_what_does_not_fit_travels_as_usual():
+    small = numbers(4096)  # a slot of one page: not even one sample fits
+    assert isinstance(small, StagedLoader)
+    assert assert_same_batches(small, numbers(0)) == 24
+    assert assert_same_batches(numbers(4096, shape=(8, 8)), numbers(0, shape=(8, 8))) == 24  # here all fit
+
+
+def test_a_batch_of_which_nothing_could_be_read_is_empty():
+    class Broken(Numbers):
+        def __getitem__(self, key):
+            return {"failures": [("a", "broken")]}
+
+    loader = make_loader(
+        Broken(16), WORKERS, batch_bytes=4096, batch_sampler=EpochBatches(16, SIZE), collate_fn=collate_readable
+    )
+    assert [sorted(batch) for batch in loader] == [["failures"]] * 4
+
+
+def test_without_workers_nothing_is_staged():
+    assert not isinstance(make_loader(Numbers(), 0, batch_bytes=4096), StagedLoader)
+
+
+@needs_gpu
+def test_a_gpu_copies_from_pinned_slots_and_before_they_are_filled_again():
+    shape = (1 << 16, 64)  # 4 MB a sample: copies that take their time
+    loader, busy, sums = (
+        numbers(SIZE * (1 << 22) + 4096, "cuda", shape=shape),
+        torch.randn(4096, 4096, device="cuda"),
+        [],
+    )
+    for batch in prefetch(loader, torch.device("cuda")):
+        for _ in range(5):
+            busy = (busy @ busy).tanh()
+        sums.append((batch["frames"][:, 0, 0].clone(), batch["frames"].long().sum()))
+    assert len(loader.staging._pinned) == WORKERS * SLOTS
+    assert [x[0].tolist() for x in sums] == [[p for p in range(s, s + SIZE) if p % 5 != 4] for s in range(0, 96, SIZE)]
+    assert all(total.item() == first.sum().item() * shape[0] * shape[1] for first, total in sums)
+    assert next(iter(loader))["frames"].is_pinned()
+
+
+@needs_gpu
+def test_without_pinning_a_run_goes_on_and_says_so(caplog):
+    loader = numbers(SIZE * 32_768, "cuda")
+    first = loader.staging._slots[0]
+    assert int(torch.cuda.cudart().cudaHostRegister(first.data_ptr(), len(first), 0)) == 0  # so that it fails later
+    caplog.set_level(logging.WARNING, logger="avssrl")
+    indices = [batch["index"].tolist() for batch in prefetch(loader, torch.device("cuda"))]
+    torch.ones(8, device="cuda").sum().item()  # the error is not raised by another kernel
+    assert indices == [[p for p in range(s, s + SIZE) if p % 5 != 4] for s in range(0, 96, SIZE)]
+    assert "batches cannot be pinned" in caplog.text
+    assert int(torch.cuda.cudart().cudaHostUnregister(first.data_ptr())) == 0
