@@ -4,7 +4,7 @@
 #     tests/on_gpu.sh OUT SECONDS [PART ...]
 #
 # Parts, the most wanted first, which is the order without a name:
-#     smoke      the quick GPU tests, CUDA graphs and SyncBN among them
+#     smoke      the quick GPU tests, among them CUDA graphs, SyncBN and staging
 #     step       the training step's table
 #     learn      VICReg and xID on the clips in data/grid-s1, 40 epochs side by side; a second call goes on with them
 #     training   loader and step together, on the same clips, decoded once and as they come

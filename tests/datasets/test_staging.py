@@ -4,11 +4,14 @@ import logging
 import time
 
 import torch
+from torch.utils.data import DataLoader
 
+from datasets import build_fresh_clips, build_training
 from datasets.staging import SLOTS, StagedLoader
 from datasets.video_dataset import EpochBatches, TrainingClips, VideoList, collate_readable, make_loader
 from tests.datasets.test_video_dataset import RECIPE, same
-from tests.tiny import needs_gpu
+from tests.tiny import REPO, needs_gpu, write_config
+from utils.config import load_config
 from utils.prefetch import prefetch
 
 WORKERS, SIZE = 2, 4
@@ -140,3 +143,12 @@ def test_without_pinning_a_run_goes_on_and_says_so(caplog):
     assert indices == [[p for p in range(s, s + SIZE) if p % 5 != 4] for s in range(0, 96, SIZE)]
     assert "batches cannot be pinned" in caplog.text
     assert int(torch.cuda.cudart().cudaHostUnregister(first.data_ptr())) == 0
+
+
+def test_training_is_staged_for_a_gpu_and_not_for_a_cpu(tmp_path, videos):
+    pre_training = load_config(write_config(tmp_path, videos), [])
+    fine_tuning = load_config(REPO / "configs/ucf/8at16-fold1.yaml", ["dataset.batch_size=4"])
+    labelled = VideoList(videos, [f"clip{i}.mp4" for i in range(10)], [0, 1] * 5)
+    for device, kind in (("cuda", StagedLoader), ("cpu", DataLoader)):
+        assert type(build_training(pre_training, torch.device(device))) is kind
+        assert type(build_fresh_clips(fine_tuning, labelled, torch.device(device))) is kind

@@ -55,7 +55,7 @@ def test_figures_of_a_run(folders, monkeypatch, tmp_path, capsys):
         assert sum(row["stages_ms"].values()) == pytest.approx(1000 / row["clips_per_s"], rel=0.2)
         assert row["least"] <= row["median"] <= row["most"]
     assert found["clips"][0]["ratio"] == 1.0
-    assert [e["workers"] for e in found["epochs"]] == [1, 1]
+    assert [(e["workers"], e["staged"]) for e in found["epochs"]] == [(1, False), (1, True)] * 2
     assert len(found["skippable"]) == 4 and all(0.3 < share < 0.8 for share in found["skippable"].values())
     assert "ours, prepared" in capsys.readouterr().out
     assert (tmp_path / "bars.png").stat().st_size > 5000

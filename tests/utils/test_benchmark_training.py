@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import datasets
 from tests import tiny
 from utils.benchmark import __main__ as benchmark
 from utils.errors import UserError
@@ -12,6 +13,9 @@ from utils.errors import UserError
 
 @pytest.mark.parametrize("script", tiny.LOSSES)
 def test_loader_and_step_alone_and_together(tmp_path, videos, script, monkeypatch, capsys):
+    staged = script == "main-vicreg.py"
+    if staged:  # as on a GPU; a step on the CPU is also done with a batch before it asks for the next
+        monkeypatch.setattr(datasets, "_staged", lambda device, batch_bytes: batch_bytes)
     out = {name: tmp_path / f"{name}.json" for name in ("figures", "trace")}
     words = ["training", tiny.write_config(tmp_path, videos, script=script), "--steps", 6, "--png", tmp_path / "a.png"]
     words += ["--json", out["figures"], "--trace", out["trace"]]
@@ -19,7 +23,8 @@ def test_loader_and_step_alone_and_together(tmp_path, videos, script, monkeypatc
     benchmark.main()
     told, found = capsys.readouterr().out, json.loads(out["figures"].read_text())
     rates, steps = found["clips_per_s"], found["steps"]
-    assert set(rates) == {"step", "loader", "both"} and min(rates.values()) > 0
+    assert set(rates) == {"step", "loader", "both"} | ({"loader, not staged"} if staged else set())
+    assert min(rates.values()) > 0
     assert rates[found["slower"]] == min(rates["step"], rates["loader"])
     assert f"the slower one: the {found['slower']}" in told and "1 workers, batch 4" in told
     assert len(steps) == 6 and 0 <= found["wait_share"] < 1

@@ -4,7 +4,8 @@ Each variant reads the same training clips (frames, random crop, sound) of every
 `plain` reads the raw files as scripts usually do: it decodes every frame from the key frame on, converts those of the
 clip to PIL images, transforms these one by one, and decodes the sound from the file's start. `ours, raw` and
 `ours, prepared` use this project's decoder. Times are the process's CPU time, which other load on the machine hardly
-changes. Then the project's DataLoader runs an epoch with 1 and with N workers.
+changes. Then the project's DataLoader runs an epoch with 1 and with N workers, each as for a CPU, with new memory for
+every batch, and as for a GPU, `staged` (`datasets.staging`).
 """
 
 import argparse
@@ -28,7 +29,6 @@ from datasets.video_dataset import (
     EpochBatches,
     TrainingClips,
     VideoList,
-    collate,
     make_loader,
 )
 from utils.benchmark.peers import installed
@@ -98,10 +98,13 @@ def run(args: argparse.Namespace) -> None:
     print(table(heads, [(name, f"{skippable[name]:.0%}", *ratio_cells(rows[1:], name)) for name in names]))
     print("\nratios by video; skippable: frames of the raw file that no other frame references")
     epochs = [
-        epoch(root, names, recipe, workers, variant) for variant, root in roots.items() for workers in counts(args)
+        epoch(root, names, recipe, workers, variant, staged)
+        for variant, root in roots.items()
+        for workers in counts(args)
+        for staged in (False, True)
     ]
     print("\nDataLoader, wall time\n")
-    heads = ("variant", "workers", "clips/s", "a core", "first batch, s", "MB a worker", "MB grown")
+    heads = ("variant", "staged", "workers", "clips/s", "a core", "first batch, s", "MB a worker", "MB grown")
     print(table(heads, [tuple(map(str, e.values())) for e in epochs]))
     print(
         "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
@@ -297,11 +300,12 @@ def counts(args: argparse.Namespace) -> list[int]:
     return sorted({1, args.workers})
 
 
-def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, variant: str) -> dict:
+def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, variant: str, staged: bool) -> dict:
     """Run an epoch of the DataLoader: clips per second after the first batch, time to that, memory of the workers."""
     clips = TrainingClips(VideoList(root, names), recipe, max(1, 16 * BATCH // len(names)), seed=0)
     batches = EpochBatches(len(clips), BATCH)
-    loader = make_loader(clips, workers, batch_sampler=batches, collate_fn=collate)
+    batch_bytes = BATCH * recipe.num_bytes if staged else 0
+    loader = make_loader(clips, workers, batch_bytes=batch_bytes, batch_sampler=batches)
     started = time.perf_counter()
     iterator = iter(loader)
     next(iterator)
@@ -309,12 +313,13 @@ def epoch(root: Path, names: list[str], recipe: ClipRecipe, workers: int, varian
     halfway, memory = None, []
     for step in range(1, batches.steps):
         next(iterator)
-        memory = [private_memory(worker.pid) for worker in iterator._workers]
+        memory = [private_memory(worker.pid) for worker in loader._iterator._workers]
         if step == batches.steps // 2:
             halfway = max(memory)
     rate = BATCH * (batches.steps - 1) / (time.perf_counter() - first)
     return {
         "variant": variant,
+        "staged": staged,
         "workers": len(memory),
         "clips_per_s": round(rate, 1),
         "a_core": round(rate / min(len(memory), cores()), 1),

@@ -1,8 +1,9 @@
 """The real loader and the real step: clips per second of each alone and of both together, and how they overlap.
 
-The loader alone produces batches that are discarded; the step alone trains on one batch on the device; both together
-do what a script does. Training is limited by the slower of the two: the share of its speed that both together reach
-shows the cost of their overlap. (On a CPU the two compete for cores, so that share means little.) Nothing is saved.
+The loader alone produces batches that are discarded (on a GPU also without `datasets.staging`, for comparison); the
+step alone trains on one batch on the device; both together do what a script does. Training is limited by the slower of
+the two: the share of its speed that both together reach shows the cost of their overlap. (On a CPU the two compete for
+cores, so that share means little.) Nothing is saved.
 """
 
 import argparse
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from datasets import build_training
+from datasets.staging import StagedLoader
+from datasets.video_dataset import make_loader
 from utils.benchmark.forms import Step, forms_of
 from utils.benchmark.step import check_finite
 from utils.benchmark.tools import Run, machine, table, wait, write_json
@@ -77,13 +81,17 @@ def run(args: argparse.Namespace) -> None:
         step()
     check_finite(args.cfg, step)
     alone = {"step": seconds(step, args.steps, device)}
-    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):  # batches queued in the meantime
-        next(batches)
-    alone["loader"] = seconds(lambda: next(batches), args.steps, device)
+    alone["loader"] = loading(loader, batches, args.steps, device)
+    unstaged = {}
+    if isinstance(loader, StagedLoader):
+        plain = make_loader(loader.dataset, loader.num_workers, device, batch_sampler=loader.batch_sampler)
+        unstaged["loader, not staged"] = loading(plain, endless(plain), args.steps, device)
+        del plain
     for _ in range(WARM_UP):
         train()
     times, together = timeline(train, args.steps, device)
-    rates = {name: size / value for name, value in (*alone.items(), ("both", together))}
+    measured = {"step": alone["step"], **unstaged, "loader": alone["loader"], "both": together}
+    rates = {name: size / value for name, value in measured.items()}
     slower = min(alone, key=lambda name: rates[name])
     waited = sum(t.there - t.asked for t in times) / (together * args.steps)
     where = f"{loader.dataset.videos}, {loader.num_workers} workers, batch {size}, {machine(device)['device']}"
@@ -100,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         record_trace(train, device, args.trace)
 
 
-def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
+def endless(loader: DataLoader) -> Iterator[dict]:
     """Yield batches, epoch after epoch.
 
     Raises:
@@ -111,6 +119,13 @@ def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict]:
         if "frames" not in batch:
             raise UserError(f"no video could be read for a clip; the last one tried: {batch['failures'][-1][1]}")
         yield batch
+
+
+def loading(loader: DataLoader, batches: Iterator[dict], steps: int, device: torch.device) -> float:
+    """Mean seconds per batch of the loader alone, after as many as it may have queued."""
+    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):
+        next(batches)
+    return seconds(lambda: next(batches), steps, device)
 
 
 def one_step(step: Step, batches: Iterator[dict]) -> Times:
