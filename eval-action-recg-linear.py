@@ -215,6 +215,7 @@ def fresh_batches(
     """Like `stored_batches`, with features that all ranks compute on the fly."""
     loader.batch_sampler.start_at(epoch)
     for step, batch in enumerate(stop.watch(loader)):
+        # Features come back to the CPU, so that the GPU is done with the frames before another batch overwrites them.
         features = encoder.training_features(batch, loader.dataset.recipe.clip_shape)
         own = {"failures": batch["failures"], "index": batch.get("index", []), "features": features}
         shares = gather_objects(own)

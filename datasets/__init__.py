@@ -220,7 +220,7 @@ def build_fresh_clips(cfg: dict, videos: VideoList, device: torch.device) -> Dat
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
     clips = FreshClips(videos, recipe, train["clips_per_video"], cfg["seed"], train["use_shuffle"])
     batches = training_batches(cfg, len(clips), rank(), world_size())
-    batch_bytes = _staged(device, len(batches.own(0)) * recipe.num_bytes)
+    batch_bytes = _staged(device, -(-data["batch_size"] // world_size()) * recipe.num_bytes)
     return make_loader(clips, _workers(cfg), device, batch_bytes, batch_sampler=batches, collate_fn=collate_readable)
 
 

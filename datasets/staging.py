@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from utils.errors import UserError
+
 log = logging.getLogger("avssrl")
 
-ALIGNMENT = 256  # bytes; of the tensors in a slot
+ALIGNMENT = 64  # bytes, a cache line; of the tensors in a slot
 PREFETCH_FACTOR = 2  # batches that a worker has been given to load and that were not handed out
 SLOTS = PREFETCH_FACTOR + 1  # per worker
 
@@ -37,23 +39,33 @@ class Staging:
     """Memory for the batches of forked workers. Each worker has slots of its own and fills them in turn.
 
     A worker gets a task when its batch of `PREFETCH_FACTOR` tasks ago is handed out. It has one slot more than that, so
-    the batch that it overwrites was handed out before, and another one was asked for since. By then it must be used up.
+    the batch that it overwrites was handed out before, and another one was asked for since, or a new pass begun.
 
     Args:
-        batch_bytes: the most that a batch takes (`ClipRecipe.num_bytes`). A larger one travels as usual.
+        batch_bytes: the most that a batch takes; see `ClipRecipe.num_bytes`.
         pin: register each slot with CUDA when it first arrives, so that copies from it need not wait.
+
+    Raises:
+        UserError: there is not enough memory.
     """
 
     def __init__(self, workers: int, batch_bytes: int, pin: bool) -> None:
         self.slot_bytes = -(-batch_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, workers * SLOTS * self.slot_bytes)  # shared, but no file in /dev/shm, which may be small
+        size = workers * SLOTS * self.slot_bytes
+        try:
+            memory = mmap.mmap(-1, size)  # shared, but no file in /dev/shm, which may be small
+        except OSError as error:
+            raise UserError(
+                f"num_workers: {SLOTS} batches for each of {workers} workers take {size / 1e9:.1f} GB, and memory does "
+                f"not suffice ({error.strerror}); lower num_workers or dataset.batch_size"
+            ) from None
         self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(-1, self.slot_bytes)
         self._turn = 0  # a worker's own, since it is forked
         self._pin, self._pinned = pin, set()
-        weakref.finalize(self, _unpin, self._slots, self._pinned)
+        weakref.finalize(self, _unpin, self._slots, self._pinned).atexit = False  # the process' end unpins everything
 
-    def stack(self, columns: dict[str, list[Tensor]]) -> dict[str, Staged] | None:
-        """In a worker: stack each list of tensors in the worker's next slot; None if they do not fit."""
+    def stack(self, columns: dict[str, list[Tensor]]) -> dict[str, Staged]:
+        """In a worker: stack each list of tensors in the worker's next slot. Raises ValueError if they do not fit."""
         slot = get_worker_info().id * SLOTS + self._turn
         staged, end = {}, 0
         for name, values in columns.items():
@@ -61,7 +73,7 @@ class Staging:
             staged[name] = Staged(slot, end, shape, dtype)
             end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if end > self.slot_bytes:
-            return None
+            raise ValueError(f"a batch takes {end} bytes, and its slot has {self.slot_bytes}: see ClipRecipe.num_bytes")
         for name, values in columns.items():
             torch.stack(values, out=self._view(staged[name]))
         self._turn = (self._turn + 1) % SLOTS
@@ -88,8 +100,13 @@ class Staging:
         reason = torch.cuda.cudart().cudaGetErrorString(error)
         log.warning("batches cannot be pinned, and are copied more slowly: cudaHostRegister: %s", reason)
         self._pin = False
-        with contextlib.suppress(RuntimeError):  # the next kernel would raise the same error; after that, none does
-            torch.zeros(1, device="cuda")
+        _take_cuda_error()
+
+
+def _take_cuda_error() -> None:
+    """Take back the last call's error, which would be raised with the next kernel, whatever that does."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _unpin(slots: Tensor, pinned: set[int]) -> None:
@@ -98,7 +115,10 @@ def _unpin(slots: Tensor, pinned: set[int]) -> None:
 
 
 class StagedLoader(DataLoader):
-    """A DataLoader whose workers stack batches with `staging.stack`. A batch is valid until the next is asked for."""
+    """A DataLoader whose workers stack batches with `staging.stack`.
+
+    A batch is valid until the next one is asked for, or another pass is begun.
+    """
 
     def __init__(self, *args: object, staging: Staging, **options: object) -> None:
         super().__init__(*args, prefetch_factor=PREFETCH_FACTOR, **options)

@@ -149,8 +149,11 @@ class ClipRecipe:
     @property
     def num_bytes(self) -> int:
         """The most that a clip and its sound take in a batch, in bytes."""
-        sound = round(self.audio_seconds * self.sample_rate) * 4
-        return math.prod(self.clip_shape) + sound + 4096  # index, label, and what is drawn for the augmentation
+        size = math.prod(self.clip_shape) + 4096  # index, label, augmentation, alignment
+        if self.sample_rate:
+            samples = round(self.audio_seconds * self.sample_rate)
+            size += 4 * samples + self.spec_params["n_mels"] + self.num_spectrogram_frames
+        return size
 
     @property
     def num_spectrogram_frames(self) -> int:
@@ -430,9 +433,10 @@ def collate_readable(samples: list[dict], staging: Staging | None = None) -> dic
 def _stack(samples: list[dict], staging: Staging | None) -> dict:
     names = samples[0].keys() - {"failures"}
     columns = {name: [torch.as_tensor(sample[name]) for sample in samples] for name in names}
-    staged = None if staging is None else staging.stack(columns)
+    if staging is not None:
+        return staging.stack(columns)
     # default_collate stacks in shared memory in a worker, which saves a copy of the frames
-    return staged or {name: default_collate(values) for name, values in columns.items()}
+    return {name: default_collate(values) for name, values in columns.items()}
 
 
 def make_loader(
@@ -444,8 +448,8 @@ def make_loader(
     in spawned ranks and with Python 3.14), since a fork shares imported modules, 225 MB per worker.
 
     Args:
-        batch_bytes: if set, batches travel through `Staging` for as many bytes, where workers are forked. Then a batch
-            is overwritten after the next one was asked for. `collate_fn` must take `staging`.
+        batch_bytes: if set and workers are forked, batches travel through a `Staging` for as many bytes, and are only
+            valid until the next one is asked for. `collate_fn` must take `staging`.
     """
     num_workers, on_gpu = min(num_workers, cores()), torch.device(device).type == "cuda"
     forked = num_workers > 0 and sys.platform == "linux"

@@ -12,7 +12,8 @@ def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
     On a GPU the copies, from pinned memory, run on a side stream. The host has queued the previous step by the time it
     requests the next batch, so they overlap with that step's computation. No batch is taken from the loader before it
     is requested, so the time spent waiting for data and the place to resume from are the same as without prefetching.
-    None is requested before the last one has been copied: the loader may use its memory again (`datasets.staging`).
+    None is requested before the last one has been copied, and none is left behind while it is: the loader may use its
+    memory again (`datasets.staging`).
     """
     if device.type != "cuda":
         yield from batches
@@ -27,8 +28,10 @@ def prefetch(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
         for value in batch.values():
             if isinstance(value, Tensor):
                 value.record_stream(computing)  # memory allocated on the side stream is in use on this one
-        yield batch
-        copied.synchronize()
+        try:
+            yield batch
+        finally:
+            copied.synchronize()
 
 
 def _copy(value: object, device: torch.device) -> object:

@@ -1,17 +1,22 @@
 """datasets.staging: batches through memory that is used again are the batches of a plain DataLoader."""
 
+import gc
 import logging
 import time
+from functools import partial
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import build_fresh_clips, build_training
+import datasets
+from datasets import build_fresh_clips, build_training, staging
 from datasets.staging import SLOTS, StagedLoader
 from datasets.video_dataset import EpochBatches, TrainingClips, VideoList, collate_readable, make_loader
 from tests.datasets.test_video_dataset import RECIPE, same
 from tests.tiny import REPO, needs_gpu, write_config
 from utils.config import load_config
+from utils.errors import UserError
 from utils.prefetch import prefetch
 
 WORKERS, SIZE = 2, 4
@@ -45,6 +50,11 @@ def numbers(batch_bytes, device="cpu", **shape):
     return make_loader(data, WORKERS, device, batch_bytes, batch_sampler=batches, collate_fn=collate_readable)
 
 
+def readable(step):
+    """The positions of a batch of `numbers`."""
+    return [position for position in range(step * SIZE, (step + 1) * SIZE) if position % 5 != 4]
+
+
 def assert_same_batches(staged, plain):
     """Compare each batch while it may be used, which is until the next one is asked for."""
     count = 0
@@ -68,15 +78,15 @@ def test_real_clips_arrive_as_ever(tmp_path, make_video):
     for batch, other in zip(staged, make_loader(clips, WORKERS, batch_sampler=batches), strict=True):
         assert same(batch, other)
         seen.append(batch["frames"].data_ptr())
-    assert len(seen) == 28 and len(set(seen)) == WORKERS * SLOTS  # each slot was used, and nothing else
+    assert len(seen) == 28 and len(set(seen)) == staged.num_workers * SLOTS  # each slot was used, and nothing else
 
 
 def test_a_batch_stays_whole_until_the_next_one_is_asked_for():
     loader = numbers(SIZE * 32_768)
     for step, batch in enumerate(loader):
-        if step % 4 == 0:
+        if step % 3 == 0:
             time.sleep(0.1)  # the workers fill all they may fill
-        expected = [p for p in range(step * SIZE, (step + 1) * SIZE) if p % 5 != 4]
+        expected = readable(step)
         assert batch["index"].tolist() == expected
         assert batch["frames"].flatten(1).unique(dim=1).flatten().tolist() == expected
         assert batch["frames"].shape == (len(expected), 256, 64)
@@ -92,11 +102,11 @@ def test_a_pass_that_is_left_early_spoils_no_later_one():
         assert assert_same_batches(loader, numbers(0)) == 24
 
 
-def test_what_does_not_fit_travels_as_usual():
-    small = numbers(4096)  # a slot of one page: not even one sample fits
-    assert isinstance(small, StagedLoader)
-    assert assert_same_batches(small, numbers(0)) == 24
-    assert assert_same_batches(numbers(4096, shape=(8, 8)), numbers(0, shape=(8, 8))) == 24  # here all fit
+def test_what_does_not_fit_or_has_no_memory_ends_in_a_clear_line():
+    with pytest.raises(ValueError, match="a batch takes 67264 bytes, and its slot has 49152: see ClipRecipe.num_bytes"):
+        next(iter(numbers(3 * (1 << 14))))  # three frames of four, without anything else
+    with pytest.raises(UserError, match=r"3 batches for each of \d workers take .* GB, .*lower num_workers"):
+        numbers(1 << 60)
 
 
 def test_a_batch_of_which_nothing_could_be_read_is_empty():
@@ -114,9 +124,53 @@ def test_without_workers_nothing_is_staged():
     assert not isinstance(make_loader(Numbers(), 0, batch_bytes=4096), StagedLoader)
 
 
+class FakeCuda:
+    """CUDA's functions for pinning: what they are asked, and the error that they return."""
+
+    def __init__(self, error=0):
+        self.error, self.registered, self.unregistered = error, [], []
+
+    def cudaHostRegister(self, pointer, size, flags):
+        self.registered.append((pointer, size))
+        return self.error
+
+    def cudaHostUnregister(self, pointer):
+        self.unregistered.append(pointer)
+
+    def cudaGetErrorString(self, error):
+        return f"error {error}"
+
+
+def test_each_slot_is_pinned_once_and_released_with_the_loader(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    loader = numbers(SIZE * 32_768, "cuda")
+    arrived = {batch["frames"].data_ptr() for batch in loader}
+    slots = {slot.data_ptr(): slot.numel() for slot in loader.staging._slots}
+    assert len(cuda.registered) == loader.num_workers * SLOTS and dict(cuda.registered) == slots
+    assert all(any(0 <= place - slot < size for slot, size in slots.items()) for place in arrived)
+    del loader
+    gc.collect()
+    assert sorted(cuda.unregistered) == sorted(slots)
+
+
+def test_what_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
+    cuda, taken = FakeCuda(error=2), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(staging, "_take_cuda_error", lambda: taken.append(True))
+    caplog.set_level(logging.WARNING, logger="avssrl")
+    loader = numbers(SIZE * 32_768, "cuda")
+    assert assert_same_batches(loader, numbers(0)) == 24
+    assert len(cuda.registered) == len(taken) == 1  # and never tried again
+    assert caplog.text.count("batches cannot be pinned, and are copied more slowly: cudaHostRegister: error 2") == 1
+    del loader
+    gc.collect()
+    assert not cuda.unregistered
+
+
 @needs_gpu
-def test_a_gpu_copies_from_pinned_slots_and_before_they_are_filled_again():
-    shape = (1 << 16, 64)  # 4 MB a sample: copies that take their time
+def test_a_gpu_is_fed_from_pinned_slots():
+    shape = (1 << 16, 64)  # 4 MB a sample
     loader, busy, sums = (
         numbers(SIZE * (1 << 22) + 4096, "cuda", shape=shape),
         torch.randn(4096, 4096, device="cuda"),
@@ -126,8 +180,8 @@ def test_a_gpu_copies_from_pinned_slots_and_before_they_are_filled_again():
         for _ in range(5):
             busy = (busy @ busy).tanh()
         sums.append((batch["frames"][:, 0, 0].clone(), batch["frames"].long().sum()))
-    assert len(loader.staging._pinned) == WORKERS * SLOTS
-    assert [x[0].tolist() for x in sums] == [[p for p in range(s, s + SIZE) if p % 5 != 4] for s in range(0, 96, SIZE)]
+    assert len(loader.staging._pinned) == loader.num_workers * SLOTS
+    assert [first.tolist() for first, _ in sums] == [readable(step) for step in range(24)]
     assert all(total.item() == first.sum().item() * shape[0] * shape[1] for first, total in sums)
     assert next(iter(loader))["frames"].is_pinned()
 
@@ -140,7 +194,7 @@ def test_without_pinning_a_run_goes_on_and_says_so(caplog):
     caplog.set_level(logging.WARNING, logger="avssrl")
     indices = [batch["index"].tolist() for batch in prefetch(loader, torch.device("cuda"))]
     torch.ones(8, device="cuda").sum().item()  # the error is not raised by another kernel
-    assert indices == [[p for p in range(s, s + SIZE) if p % 5 != 4] for s in range(0, 96, SIZE)]
+    assert indices == [readable(step) for step in range(24)]
     assert "batches cannot be pinned" in caplog.text
     assert int(torch.cuda.cudart().cudaHostUnregister(first.data_ptr())) == 0
 
@@ -152,3 +206,19 @@ def test_training_is_staged_for_a_gpu_and_not_for_a_cpu(tmp_path, videos):
     for device, kind in (("cuda", StagedLoader), ("cpu", DataLoader)):
         assert type(build_training(pre_training, torch.device(device))) is kind
         assert type(build_fresh_clips(fine_tuning, labelled, torch.device(device))) is kind
+
+
+@pytest.mark.parametrize("kind", ["pre-training", "pairs", "fine-tuning"])
+def test_whatever_is_trained_on_fits_and_arrives_as_ever(tmp_path, videos, kind, monkeypatch):
+    if kind == "fine-tuning":
+        cfg = load_config(REPO / "configs/ucf/8at16-fold1.yaml", ["dataset.batch_size=7", "num_workers=2"])
+        labelled = VideoList(videos, [f"clip{i}.mp4" for i in range(10)], [0, 1] * 5)
+        build = partial(build_fresh_clips, cfg, labelled)
+    else:
+        changes = ["dataset.spec_params.hop_length=1", "dataset.crop_size=112"]  # long time masks; frames beside sound
+        cfg = load_config(write_config(tmp_path, videos), changes)
+        build = partial(build_training, cfg, pairs=kind == "pairs")
+    plain = build(device=torch.device("cpu"))
+    monkeypatch.setattr(datasets, "_staged", lambda device, batch_bytes: batch_bytes)
+    loader = build(device=torch.device("cpu"))
+    assert type(loader) is StagedLoader and assert_same_batches(loader, plain) == len(plain)

@@ -1,5 +1,7 @@
 """utils.prefetch and utils.distributed.wrap: what a step is fed with, and how its gradients travel."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -56,6 +58,55 @@ def test_a_prefetched_batch_is_whole_when_it_is_used():
         sums.append(batch["frames"].long().sum())
         del batch
     assert [x.item() for x in sums] == [batch["frames"].long().sum().item() for batch in host]
+
+
+@needs_gpu
+def test_memory_that_is_used_again_is_copied_before():
+    one = torch.empty(1 << 28, dtype=torch.uint8).pin_memory()  # 10 ms of copying
+
+    def again():
+        for i in range(4):
+            yield {"frames": one.fill_(i)}
+
+    copies = [batch["frames"] for batch in prefetch(again(), torch.device("cuda"))]
+    assert [(copy.min().item(), copy.max().item()) for copy in copies] == [(i, i) for i in range(4)]
+
+
+class FakeStream:
+    """A stream on which a copy takes until somebody waits for it; the calls are told to `told`."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def record_event(self):
+        self.told.append("copies")
+        return self
+
+    def synchronize(self):
+        self.told.append("waits")
+
+    def wait_event(self, event):
+        assert event.told is self.told
+
+
+def test_no_batch_is_asked_for_or_left_before_the_last_one_is_copied(monkeypatch):
+    told = []
+
+    def loader():
+        for i in range(3):
+            told.append(f"asks {i}")
+            yield {"name": f"batch {i}"}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(told))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(told))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    assert [batch["name"] for batch in prefetch(loader(), torch.device("cuda"))] == ["batch 0", "batch 1", "batch 2"]
+    assert told == ["asks 0", "copies", "waits", "asks 1", "copies", "waits", "asks 2", "copies", "waits"]
+    told.clear()
+    stream = prefetch(loader(), torch.device("cuda"))
+    next(stream)
+    stream.close()
+    assert told == ["asks 0", "copies", "waits"]
 
 
 @pytest.mark.parametrize("method", ["xid", "vicreg"])

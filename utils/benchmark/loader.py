@@ -5,7 +5,7 @@ Each variant reads the same training clips (frames, random crop, sound) of every
 clip to PIL images, transforms these one by one, and decodes the sound from the file's start. `ours, raw` and
 `ours, prepared` use this project's decoder. Times are the process's CPU time, which other load on the machine hardly
 changes. Then the project's DataLoader runs an epoch with 1 and with N workers, each as for a CPU, with new memory for
-every batch, and as for a GPU, `staged` (`datasets.staging`).
+every batch, and `staged` as for a GPU (`datasets.staging`), but without pinning, or the thread that otherwise does it.
 """
 
 import argparse

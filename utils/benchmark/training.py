@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import build_training
-from datasets.staging import StagedLoader
+from datasets.staging import SLOTS, StagedLoader
 from datasets.video_dataset import make_loader
 from utils.benchmark.forms import Step, forms_of
 from utils.benchmark.step import check_finite
@@ -123,7 +123,7 @@ def endless(loader: DataLoader) -> Iterator[dict]:
 
 def loading(loader: DataLoader, batches: Iterator[dict], steps: int, device: torch.device) -> float:
     """Mean seconds per batch of the loader alone, after as many as it may have queued."""
-    for _ in range(WARM_UP + loader.num_workers * (loader.prefetch_factor or 0)):
+    for _ in range(WARM_UP + loader.num_workers * SLOTS):  # and as it has to pin
         next(batches)
     return seconds(lambda: next(batches), steps, device)
 
