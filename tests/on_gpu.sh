@@ -41,8 +41,8 @@ part() {  # NAME SECONDS COMMAND...: run a command of ours for so long at most; 
 }
 
 smoke() {
-    part smoke 300 -m pytest -v -n 4 tests/test_gpu.py tests/models/test_stem_kernels.py tests/datasets/test_staging.py \
-        -k "graphs or None or waits or guard or fp32 or pass or synchronised or staging"
+    part smoke 300 -m pytest -v -n 4 $gpu_tests \
+        -k "graphs or None or waits or guard or fp32 or pass or synchronised or staging or prefetch"
 }
 
 step() {
