@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     heads = ("variant", "staged", "workers", "clips/s", "a core", "first batch, s", "MB a worker", "MB grown")
     print(table(heads, [tuple(map(str, e.values())) for e in epochs]))
     print(
-        "\nMB a worker: memory that is not shared with the parent; grown: from the first half of the epoch to its end"
+        "\nMB a worker: memory that no other process has used (staged: with its slots, which the parent does not read "
+        "here); grown: from the first half of the epoch to its end"
     )
     if args.json:
         write_json(args.json, {"clips": rows, "skippable": skippable, "epochs": epochs})

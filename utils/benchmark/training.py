@@ -122,8 +122,8 @@ def endless(loader: DataLoader) -> Iterator[dict]:
 
 
 def loading(loader: DataLoader, batches: Iterator[dict], steps: int, device: torch.device) -> float:
-    """Mean seconds per batch of the loader alone, after as many as it may have queued."""
-    for _ in range(WARM_UP + loader.num_workers * SLOTS):  # and as it has to pin
+    """Mean seconds per batch of the loader alone, once its queues are used up and all its slots are pinned."""
+    for _ in range(WARM_UP + loader.num_workers * SLOTS):
         next(batches)
     return seconds(lambda: next(batches), steps, device)
 
