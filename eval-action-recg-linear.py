@@ -63,13 +63,15 @@ def evaluate_fold(
     folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
+    extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     drifts = cfg["encoder_bn"] == "train"
     prepare = VideoPrep(cfg["dataset"]["color"]).to(device)
     compiled_size = cfg["dataset"]["batch_size"] if not drifts and compiles(cfg["compile"], device) else None
     encoder = FrozenEncoder(extractor, prepare, precision.autocast, device, drifts, compiled_size)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, data_fingerprint(data.train, data.test), recipe)
+    videos = data_fingerprint(data.train, data.test, times=False)
+    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, videos, recipe)
     states = stored.load()
     failures = evaluation.Failures(args.allow_missing, states)
     evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
@@ -150,6 +152,7 @@ def evaluate_fold(
     facts |= evaluation.describe_videos(args, cfg, data, failures)
     facts |= {
         "encoder": {"weights": origin, "bn": cfg["encoder_bn"], "hash": encoder.hash, "hash_after": hash_after},
+        "precision": precision.name,
         "recipe": recipe,
     }
     return finish_evaluation(folder, facts, outcome)

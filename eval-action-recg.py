@@ -22,8 +22,8 @@ from datasets import FoldData, build_fresh_clips, build_video_clips
 from datasets.concepts import Part
 from datasets.evaluation import data_fingerprint
 from datasets.preprocessing import VideoPrep
-from datasets.video_dataset import VideoList
-from models.classifiers import ClassificationWrapper, build_pooling
+from datasets.video_dataset import ClipRecipe, VideoList
+from models.classifiers import ClassificationWrapper, FeatureExtractor, build_pooling
 from utils import checkpoint, evaluation
 from utils.cli import evaluation_parser, run_script
 from utils.compiling import compiles, for_batch
@@ -61,10 +61,13 @@ def evaluate_fold(
 ) -> dict:
     """Fine-tune on one fold and test. Rank 0 returns the results."""
     folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
-    fingerprint = tensor_hash(backbone.state_dict())
+    fingerprint, shape = tensor_hash(backbone.state_dict()), cfg["model"]["args"]
+    extractor = FeatureExtractor(backbone, [shape["feat_name"]], [shape["pooling_op"]], [shape["feat_dim"]])
+    extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, data_fingerprint(data.train, data.test), recipe)
+    videos = data_fingerprint(data.train, data.test, times=False)
+    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, videos, recipe)
     states = stored.load()
     evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing, states), {}
@@ -84,7 +87,8 @@ def evaluate_fold(
         return {}
     facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune")
     facts |= evaluation.describe_videos(args, cfg, data, failures)
-    facts |= {"encoder": {"weights": origin, "hash": fingerprint}, "recipe": recipe}
+    precision = Precision(cfg["precision"], device).name
+    facts |= {"encoder": {"weights": origin, "hash": fingerprint}, "precision": precision, "recipe": recipe}
     return finish_evaluation(folder, facts, outcome)
 
 
@@ -119,11 +123,11 @@ def fine_tune(
     def without_dropout(batch: dict) -> Tensor:
         return classify(batch, torch.ones(len(batch["frames"]), model.feat_dim, device=device))
 
-    def loss_of(batch: dict, epoch: int, step: int) -> Tensor:
-        """The loss of this rank's clips, scaled so that DDP's mean over ranks is the mean over the batch."""
-        has_clips, size = "frames" in batch, batches.size(step)
+    def loss_of(batch: dict, clips: int, epoch: int, step: int) -> Tensor:
+        """The loss of this rank's share of `clips`, scaled so that DDP's mean over ranks is the mean over all."""
+        has_clips = "frames" in batch
         count_rank(model, has_clips)  # a rank without clips runs a dummy: the others' BN waits for it
-        keep = model.draw_dropout(size, (cfg["seed"], epoch, step))  # for the whole batch, on every rank
+        keep = model.draw_dropout(batches.size(step), (cfg["seed"], epoch, step))  # for the whole batch, on every rank
         keep = (keep.pin_memory() if device.type == "cuda" else keep).to(device, non_blocking=True)
         with for_batch(whole=has_clips and len(batch["frames"]) == len(batches.own(0))):
             if has_clips:
@@ -132,7 +136,7 @@ def fine_tune(
             else:
                 with precision.autocast():
                     loss = 0 * net(prepare.forward(dummy.to(device)), keep[:1]).sum()
-        return loss * world_size() / size
+        return loss * world_size() / clips
 
     def test_between_epochs(done: int) -> None:
         logits, present = test_logits(device, cfg, model, test, failures, stop, data["test"]["clips_per_video"])
@@ -179,8 +183,8 @@ def fine_tune(
         for step, batch in enumerate(clock.timed(islice(stream, batches.steps - start_step)), start_step):
             rate = base_rate if warming else learning_rate(schedule, epoch - warmup, step / batches.steps)
             set_learning_rate(optimizer, rate)
-            if failures.note(batch):  # else no rank has a clip of this batch
-                loss = loss_of(batch, epoch, step)
+            if clips := failures.note(batch):  # 0: no rank can read one of this batch
+                loss = loss_of(batch, clips, epoch, step)
                 precision.backward(loss)
                 precision.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
@@ -192,9 +196,9 @@ def fine_tune(
                 if not math.isfinite(figures.get("loss", 0.0)):
                     raise RunFailed(f"{part.name}, epoch {epoch + 1}: the loss is not finite; lower lr.base_lr")
                 writer.write(f"{part.name} train", epoch * batches.steps + step + 1, figures)
-                clips = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
+                ahead = ((num_epochs - epoch) * batches.steps - step - 1) * data["batch_size"]
                 place = f"{'warm-up ' if warming else ''}epoch {epoch + 1}/{num_epochs} step {step + 1}/{batches.steps}"
-                log.info("%s | %s left | %s", place, duration(clips / figures["clips_per_s"]), in_words(figures))
+                log.info("%s | %s left | %s", place, duration(ahead / figures["clips_per_s"]), in_words(figures))
                 if stopping:
                     save(epoch, step + 1, warming)
                     raise stop.preempted(f"{part.name}, epoch {epoch + 1}, step {step + 1}")

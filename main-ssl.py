@@ -43,7 +43,10 @@ def main() -> None:
     if args.seed is not None:
         cfg["seed"] = args.seed
     if cfg["loss"]["name"] != "xID" or cfg["model"]["arch"] != "av_wrapper":
-        raise UserError(f"{args.cfg}: main-ssl.py trains loss xID with arch av_wrapper; for VICLoss see main-vicreg.py")
+        raise UserError(
+            f"{args.cfg}: main-ssl.py trains loss xID with arch av_wrapper, found {cfg['loss']['name']} with "
+            f"{cfg['model']['arch']}; for VICReg, and losses on embeddings alone, see main-vicreg.py"
+        )
     if cfg["dataset"]["train"]["video_only"]:
         raise UserError(f"{args.cfg}: dataset.train.video_only: true does not go with av_wrapper, which needs sound")
     launch(pretrain, args, args, cfg)
@@ -61,7 +64,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
     log.info("an epoch has %d clips, in %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
-    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
+    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps, precision.name)
     state = checkpoints.latest()
     if not cfg["test_only"]:
         write_config(folder, cfg)
@@ -198,7 +201,8 @@ def bank_rows(cfg: dict, num_videos: int) -> int:
     asked = cfg["loss"]["args"].get("num_instances")
     if asked is not None and asked < num_videos:
         raise UserError(
-            f"loss.args.num_instances: {asked} is fewer than the {num_videos} training videos found; remove it"
+            f"loss.args.num_instances: {asked} is fewer than the {num_videos} training videos found; remove it, or "
+            "--set loss.args.num_instances=null: the bank then has one row per video"
         )
     if asked is not None and asked > num_videos:
         log.info("loss.args.num_instances is %d; the bank has %d rows, one per video found", asked, num_videos)

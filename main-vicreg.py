@@ -72,7 +72,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     clips, batches, videos = loader.dataset, loader.batch_sampler, loader.dataset.videos
     log.info("%s", videos)
     log.info("an epoch has %d clips, in %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
-    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps)
+    checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps, precision.name)
     state = checkpoints.latest()
     if not cfg["test_only"]:
         write_config(folder, cfg)

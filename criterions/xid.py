@@ -15,6 +15,8 @@ from criterions.stats import spread_and_dims
 from utils.distributed import gather, gather_with_grad, is_main, world_size
 from utils.errors import UserError
 
+HIGHEST_EXPONENT = 80.0  # exp overflows in float32 at 88.7
+
 
 def q_schedule(epoch: int, num_epochs: int, q0: float, q_max: float) -> float:
     """RINCE's q in `epoch` (from 0 on): linear from `q0` in the first epoch to `q_max` in the last."""
@@ -56,8 +58,9 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         bank_shards: True: each rank holds a shard of the bank and draws its negatives from it (`ShardedMemoryBank`).
 
     Raises:
-        UserError: fewer than 2 instances, `N_hard` not below `num_instances`, `q` or `lam` out of range, an unknown
-            `bank_dtype`, `bank_shards` with hard negatives or fewer than two rows per rank, or no negatives at all.
+        UserError: fewer than 2 instances, `N_hard` not below `num_instances`, `q` or `lam` out of range, `q` over
+            `temperature` too large for float32, an unknown `bank_dtype`, `bank_shards` with hard negatives or fewer
+            than two rows per rank, or no negatives at all.
     """
 
     def __init__(
@@ -91,6 +94,12 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
                 "loss.args.num_negatives: 0 leaves a query no negatives; raise it, or set live_targets: true, which "
                 "takes them from the batch"
             )
+        highest = q if num_epochs is None else max(q, q_max)
+        if highest > HIGHEST_EXPONENT * temperature:
+            raise UserError(
+                f"loss.args.temperature: with q up to {highest:g}, expected at least {highest / HIGHEST_EXPONENT:g}, "
+                f"found {temperature:g}: exp(q / temperature) would overflow in float32"
+            )
         self.num_negatives = num_negatives
         self.momentum = momentum
         self.hard_neg_epoch = hard_neg_epoch
@@ -108,6 +117,20 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         bank = ShardedMemoryBank if bank_shards else MemoryBank
         self.nce_average = bank(num_instances, embedding_dim, seed, bank_dtype)  # the name in published checkpoints
         self.stats: dict[str, torch.Tensor] = {}
+
+    def extra_repr(self) -> str:
+        """What the log says of it: positives, negatives, temperature, and q over the run."""
+        positive = "the clip's other embedding" if self.live_targets else "its row"
+        kinds = [f"{self.num_negatives} random rows"] if self.num_negatives else []
+        kinds += ["the batch"] if self.live_targets else []
+        if self.hard is not None:
+            nearest, *mixed = self.hard
+            kinds.append(f"from epoch {self.hard_neg_epoch + 1} on {sum(mixed)} mixed from the {nearest} nearest rows")
+        last = self.q_at((self.num_epochs or 1) - 1)
+        return (
+            f"positive: {positive}; negatives: {' and '.join(kinds)}; temperature {self.temperature:g}; "
+            f"q {self.rince.q:g} to {last:g}"
+        )
 
     def q_at(self, epoch: int) -> float:
         """RINCE's q in `epoch`: the schedule's if `num_epochs` is given, else the constructor's."""

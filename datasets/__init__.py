@@ -15,6 +15,8 @@ from datasets import folder, hmdb, ucf, vggsound
 from datasets.concepts import Part, few_shot_rows, make_parts, rest_classes_file
 from datasets.decoded import DecodedVideos
 from datasets.evaluation import FreshClips, SharedBatches, VideoClips, labelled_videos, present_videos
+from datasets.manifest import FILE as MANIFEST
+from datasets.manifest import manifest_of
 from datasets.video_dataset import (
     ClipRecipe,
     EpochBatches,
@@ -43,8 +45,10 @@ LISTS: dict[str, Callable[[dict, str], VideoList]] = {
 ONLY_FOR = {"list": "vggsound", "labels": "folder", "label_column": "folder", "holdout_every": "folder"}
 
 
-def build_videos(dataset: dict, split: str) -> VideoList:
+def build_videos(dataset: dict, split: str, with_sound: bool = False) -> VideoList:
     """List the videos of one split of a configuration's `dataset` section.
+
+    `with_sound` leaves out those of which a prepared folder's manifest says that they have none.
 
     Raises:
         UserError: a key is for another data set, or the root is not set, does not exist or holds no such video.
@@ -63,7 +67,20 @@ def build_videos(dataset: dict, split: str) -> VideoList:
             else "set dataset.root to its location"
         )
         raise UserError(f"{dataset['root']}: no such folder for data set {dataset['name']}; {hint}")
-    return LISTS[dataset["name"]](dataset, split)
+    videos = LISTS[dataset["name"]](dataset, split)
+    return _with_sound(videos) if with_sound else videos
+
+
+def _with_sound(videos: VideoList) -> VideoList:
+    manifest = manifest_of(videos.root)
+    if manifest is None or not manifest.without_sound:
+        return videos
+    kept = [row for row, name in enumerate(videos.names()) if name not in manifest.without_sound]
+    if not kept:
+        raise UserError(f"{videos.root}: none of the {len(videos)} videos has sound (column audio of {MANIFEST})")
+    if len(kept) < len(videos):
+        log.info("left out %d videos without sound (column audio of %s)", len(videos) - len(kept), MANIFEST)
+    return videos.subset(kept)
 
 
 def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> DataLoader:
@@ -82,7 +99,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
             f"x {cfg['accumulate']} micro-batches (accumulate)"
         )
     train = data["train"]
-    videos = build_videos(data, train["split"])
+    videos = build_videos(data, train["split"], with_sound=not pairs)
     if train["return_labels"] and (videos.labels < 0).all():
         raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; remove the key, or add labels")
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
@@ -114,7 +131,7 @@ def build_held_out(
     Uses at most `most` videos, evenly spaced in the list. Warns if any of the split's videos are also in `trained`.
     """
     data = cfg["dataset"]
-    videos = build_videos(data, data["test"]["split"])
+    videos = build_videos(data, data["test"]["split"], with_sound=True)
     if trained is not None and (both := set(trained.names()) & set(videos.names())):
         log.warning("%d of %d held-out videos are training videos, too: memorised videos count", len(both), len(videos))
     recipe = ClipRecipe.from_config(data, augment=False)

@@ -9,7 +9,7 @@ import csv
 import functools
 import io
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """The videos of a manifest: `sources` maps paths, in order, to fingerprints, `errors` paths to error messages."""
+    """The videos of a manifest: `sources` maps paths, in order, to fingerprints, `errors` paths to error messages.
+
+    `without_sound` holds the paths of readable videos that have no track of sound, or of which it could not be decoded.
+    """
 
     sources: Mapping[str, str]
     errors: Mapping[str, str]
+    without_sound: Set[str] = frozenset()
 
     @property
     def paths(self) -> list[str]:
@@ -75,13 +79,14 @@ def _unreadable(file: str | Path, error: OSError) -> UserError:
 
 @functools.lru_cache(maxsize=4)
 def _load(file: str, changed: int, size: int) -> Manifest:
-    sources, errors = {}, {}
+    sources, errors, without_sound = {}, {}, set()
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
         rows = _parsed(lines, file)
         header = next(rows, [])
         if not {"path", "source", "error"} <= set(header):
             raise UserError(f"{file}: expected the columns {', '.join(COLUMNS)}; found {', '.join(header[:5])}")
         path, source, error = (header.index(name) for name in ("path", "source", "error"))
+        audio = header.index("audio") if "audio" in header else None
         for row in rows:
             if len(row) != len(header):
                 raise UserError(f"{file}: expected {len(header)} values a line, found {len(row)}: {','.join(row)[:80]}")
@@ -89,9 +94,11 @@ def _load(file: str, changed: int, size: int) -> Manifest:
                 errors[row[path]] = row[error]
             else:
                 sources[row[path]] = row[source]
+                if audio is not None and row[audio] in ("none", "broken"):
+                    without_sound.add(row[path])
     if errors:
         log.info("%s: %d videos; skipped %d that could not be prepared", file, len(sources), len(errors))
-    return Manifest(sources, errors)
+    return Manifest(sources, errors, without_sound)
 
 
 def _parsed(lines: Iterable[str], file: str) -> Iterator[list[str]]:

@@ -224,9 +224,8 @@ class TrainingClips(Dataset):
                 ):
                     sample["frames" + name], sample["video_aug" + name] = self._frames(file, start, rng)
             else:
-                starts = sampling.audio_visual(
-                    file.span("video"), file.span("audio"), self.recipe.video_seconds, self.recipe.audio_seconds, rng
-                )
+                lengths = self.recipe.video_seconds, self.recipe.audio_seconds
+                starts = sampling.audio_visual(*both_spans(file), *lengths, rng)
                 # sound first: it mostly begins earlier, and only an unread file is still at its first packet
                 sample["waveform"] = read_waveform(file, starts[1], self.recipe)
                 sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
@@ -273,8 +272,8 @@ class EvenClips(Dataset):
         recipe = self.recipe
         sample = {"index": index, "label": int(self.videos.labels[index])}
         with open_video(self.videos, index, self.decoded) as file:
-            spans = file.span("video"), file.span("audio")
-            starts = sampling.audio_visual_evenly(*spans, recipe.video_seconds, recipe.audio_seconds, self.windows)
+            lengths = recipe.video_seconds, recipe.audio_seconds
+            starts = sampling.audio_visual_evenly(*both_spans(file), *lengths, self.windows)
             sample["waveform"] = torch.stack([read_waveform(file, audio, recipe) for _, audio in starts])
             sample["frames"] = torch.stack([read_frames(file, video, recipe) for video, _ in starts])
         return sample
@@ -283,6 +282,21 @@ class EvenClips(Dataset):
 def open_video(videos: VideoList, index: int, decoded: DecodedVideos | None) -> VideoFile | DecodedFile:
     """Open a video for reading clips, as a context manager. Raises DecodeError if it cannot be opened."""
     return VideoFile(videos.path(index)) if decoded is None else decoded.open(videos.root, videos.name(index))
+
+
+def both_spans(file: VideoFile | DecodedFile) -> tuple[sampling.Span, sampling.Span]:
+    """Return the spans of a file's video and of its sound.
+
+    Raises:
+        DecodeError: one of the streams is missing, or one has ended when the other begins: a clip would have neither.
+    """
+    video, audio = file.span("video"), file.span("audio")
+    if min(video[1], audio[1]) < max(video[0], audio[0]):
+        raise DecodeError(
+            f"{file.path}: expected video and sound at the same time, found video from {video[0]:.3f} to "
+            f"{video[1]:.3f} s and sound from {audio[0]:.3f} to {audio[1]:.3f} s"
+        )
+    return video, audio
 
 
 def read_frames(

@@ -72,6 +72,15 @@ class FeatureExtractor(nn.Module):
             features[name] = _pooled(embs, source, pool, width)
         return features
 
+    @torch.no_grad()
+    def check(self, clip_shape: Sequence[int]) -> None:
+        """Pass an empty clip of shape (T, H, W, 3) through the backbone, so that a mistake shows before any work.
+
+        Leaves the backbone in eval mode. Raises UserError for an unknown feature or another width.
+        """
+        frames, height, width, channels = clip_shape
+        self.eval()(torch.zeros(1, channels, frames, height, width))
+
 
 class MOSTWrapper(nn.Module):
     """Linear classifiers, one for each feature: a dict of (N, feat_dim) to a dict of logits (N, n_classes).
@@ -212,7 +221,7 @@ def _pooled(embs: dict[str, Tensor], name: str, pool: nn.Module, width: int) -> 
         raise UserError(f"model.args: {pool} of feature {name}, {tuple(embs[name].shape)}: {error}") from None
     if feature.shape[1] != width:
         raise UserError(
-            f"model.args.feat_dims, or feat_dim in fine-tuning: feature {name} has {feature.shape[1]} values a clip, "
-            f"found {width}; set it to that"
+            f"model.args.feat_dims (feat_dim in fine-tuning): {width} for feature {name}, which has {feature.shape[1]} "
+            f"values a clip; set it to that, or pool: AdaptiveMaxPool3d((1, 1, 1)) leaves {embs[name].shape[1]}"
         )
     return feature

@@ -192,6 +192,50 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
         torch.testing.assert_close(state["model"]["head.classifier.weight"], first.detach(), atol=1e-6, rtol=0)
 
 
+def test_the_loss_is_the_mean_over_the_clips_that_can_be_read(cfgs, tmp_path, two_folds):
+    """One of three cannot. At a rate that changes nothing, against a batch of the other two."""
+    bad, *others = sorted((two_folds / "videos").rglob("*g0[123]_c01.mp4"))
+    lists = two_folds / "ucfTrainTestlist/trainlist01.txt"
+    losses = {}
+    for names in ([bad, *others[:2]], others[:2]):
+        lines = [f"{name.parent.name}/{name.name} {1 + (name.parent != bad.parent)}" for name in names]
+        lists.write_text("\n".join(lines))
+        bad.write_text("no video")
+        options = {
+            "dataset__batch_size": 3,
+            "dataset__train__use_augmentation": False,
+            "benchmark__name": f"of-{len(names)}",
+        }
+        cfg, model = cfgs(root=two_folds, optimizer__num_epochs=1, model__args__use_dropout=False, **options)
+        evaluate(tmp_path, cfg, model, "--random-weights", "--allow-missing")
+        written = next(tmp_path.glob(f"runs/**/eval-of-{len(names)}/**/metrics.jsonl"))
+        losses[len(names)] = json.loads(written.read_text().splitlines()[0])["loss"]
+    assert losses[3] == pytest.approx(losses[2], rel=0.05)  # other frames of the same videos
+
+
+def test_a_copy_of_the_data_is_the_same_data(cfgs, tmp_path, two_folds):
+    """With the times of copying; in another place, such as a node's own disk."""
+    cfg, model = cfgs(root=two_folds, optimizer__num_epochs=1)
+    found = evaluate(tmp_path, cfg, model, "--random-weights")
+    copy = tmp_path / "copy"
+    shutil.copytree(two_folds, copy, copy_function=shutil.copyfile)
+    again = evaluate(tmp_path, cfg, model, "--random-weights", "--test-only", "--set", f"dataset.root={copy}")
+    assert again["results"] == found["results"]
+    with next((copy / "videos").rglob("*.mp4")).open("ab") as changed:
+        changed.write(b"more")
+    more = ("--test-only", "--set", f"dataset.root={copy}")
+    told = tiny_evaluation.mistake(SCRIPT, cfg, model, "--random-weights", *more)
+    assert "was trained with data" in told and "names, labels and sizes" in told
+
+
+def test_a_width_that_the_feature_has_not_costs_no_results(cfgs, tmp_path):
+    cfg, model = cfgs(optimizer__num_epochs=1)
+    evaluate(tmp_path, cfg, model, "--random-weights")
+    told = tiny_evaluation.mistake(SCRIPT, cfg, model, "--random-weights", "--set", "model.args.feat_dim=256")
+    assert "256 for feature pool, which has 512 values a clip" in told
+    assert next(tmp_path.glob("runs/**/results.json")) and stored(tmp_path)["epoch"] == 1
+
+
 def test_a_batch_without_a_readable_clip_is_no_step(cfgs, tmp_path, ucf):
     root = tmp_path / "ucf"
     shutil.copytree(ucf, root)

@@ -214,11 +214,15 @@ def test_resume_and_test_only(cfgs, tmp_path):
     base = (cfg, model, "--random-weights")
     assert "no stored classifier" in fail(*base, "--test-only")
     whole = evaluate(tmp_path, *base)
-    assert evaluate(tmp_path, *base, "--test-only")["results"] == whole["results"]
+    tested = evaluate(tmp_path, *base, "--test-only")
+    assert tested["results"] == whole["results"] and tested["precision"] == "fp32"
     written = next(tmp_path.glob("runs/**/config.yaml"))
     accepted = written.read_text()
     assert (written.parent / "confusion-pool.png").exists()
-    fail(*base, "--set", "model.args.feat_dims=[256]")  # noticed in the first forward pass: a new training had begun
+    assert "256 for feature pool, which has 512 values a clip" in fail(*base, "--set", "model.args.feat_dims=[256]")
+    assert json.loads((written.parent / "results.json").read_text()) == tested  # a mistake costs no results
+    writes_nothing = ("--set", f"cache_dir={written}")  # noticed with the first features: a new training has begun
+    assert str(written) in fail(*base, *writes_nothing)
     assert not (written.parent / "results.json").exists() and not (written.parent / "confusion-pool.png").exists()
     assert not (written.parent / "checkpoint.pth.tar").exists()  # a later --resume would take the old classifier
     assert evaluate(tmp_path, *base)["results"] == whole["results"]

@@ -61,8 +61,9 @@ class BadVideos:
         self._flush(pending)
         if self._in_epoch > self.most * self.samples:
             raise UserError(
-                f"{self._in_epoch} of the {self.samples} samples of epoch {epoch + 1} could not be decoded, more than "
-                f"max_bad_fraction: {self.most:g} allows; see {self.file}"
+                f"{self._in_epoch} of the {self.samples} samples of epoch {epoch + 1} could not be read (damaged, or "
+                f"without sound), more than max_bad_fraction: {self.most:g} allows; see {self.file}. Remove these "
+                "videos, or prepare the folder (python3 -m datasets.prepare), or raise max_bad_fraction"
             )
         return self._in_epoch
 

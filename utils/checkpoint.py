@@ -75,10 +75,11 @@ class RunCheckpoints:
         config: the resolved configuration.
         videos: fingerprint of the training list, which indexes the rows of a memory bank.
         steps: steps per epoch.
+        precision: the number format in use; `precision: null` in the configuration leaves it to the device.
     """
 
-    def __init__(self, folder: Path, config: dict, videos: str, steps: int) -> None:
-        self.folder, self.config, self.videos, self.steps = folder, config, videos, steps
+    def __init__(self, folder: Path, config: dict, videos: str, steps: int, precision: str) -> None:
+        self.folder, self.config, self.videos, self.steps, self.precision = folder, config, videos, steps, precision
         self.file = folder / LATEST
         self._last_save = time.monotonic()
         self._latest_damaged = False
@@ -129,6 +130,8 @@ class RunCheckpoints:
         log.info("going on from %s: epoch %d, step %d", path, state["epoch"], state["step"])
         if state["world_size"] != world_size():
             log.warning("it ran on %d processes, now %d: not bit-exact from here", state["world_size"], world_size())
+        if (before := state.get("precision", self.precision)) != self.precision:
+            log.warning("it ran in %s, now in %s: not bit-exact from here", before, self.precision)
         return state
 
     def due(self) -> bool:
@@ -154,6 +157,7 @@ class RunCheckpoints:
             return
         state = {name: part.state_dict() for name, part in stateful.items()}
         state |= {"config": self.config, "videos": self.videos, "world_size": world_size(), "steps": self.steps}
+        state["precision"] = self.precision
         save(self.folder, state | values, keep_as, self._latest_damaged)
         self._latest_damaged = False
         if self.config["keep_last"]:

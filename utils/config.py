@@ -489,6 +489,8 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
     good = converted is not None and (not rule.choices or converted in rule.choices)
     if not good or (rule.check is not None and not rule.check(converted)):
         hint = nearest(value, rule.choices) if rule.choices and isinstance(value, str) else ""
+        if rule.kind is str and not rule.choices and isinstance(value, (int, float)):
+            hint = "YAML reads it as a number, true or false; put the text in quotes, as in 'KEY=\"123\"'"
         raise UserError(
             f"{file}: {prefix}{name}: expected {_describe(rule)}, found {value!r}" + (f"; {hint}" if hint else "")
         )

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -84,12 +85,17 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
         parts.append("random-weights")
     if args.few_shot_ratio is not None:
         seed = f"-seed-{cfg['few_shot_seed']}" if cfg["few_shot_seed"] != 42 else ""
-        parts.append(f"few-shot-{args.few_shot_ratio:g}{seed}")
+        parts.append(f"few-shot-{ratio_text(args.few_shot_ratio)}{seed}")
     if args.use_rest_classes:
         parts.append("rest-classes")
     if cfg["seed"]:
         parts.append(f"seed-{cfg['seed']}")
     return "_".join(parts)
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio as text that is read as the same number: 0.5, and 1 in place of 1.0."""
+    return short if float(short := f"{ratio:g}") == ratio else repr(ratio)
 
 
 def fold_folder(args: argparse.Namespace, cfg: dict, model_cfg: dict, fold: int) -> Path:
@@ -156,12 +162,12 @@ class Failures:
                 log.warning("skipped: %s: %s", name, reason)
             self.names[name] = reason
 
-    def note(self, batch: Mapping) -> bool:
-        """Record the failures in all ranks' shares of a batch; whether any rank has a clip of it. All must call it."""
-        shares = gather_objects((batch["failures"], "frames" in batch))
+    def note(self, batch: Mapping) -> int:
+        """Record the failures in all ranks' shares of a batch; return its number of clips. Every rank must call it."""
+        shares = gather_objects((batch["failures"], len(batch["index"]) if "frames" in batch else 0))
         for failures, _ in shares:
             self(failures)
-        return any(has_clips for _, has_clips in shares)
+        return sum(clips for _, clips in shares)
 
 
 # ------------------------------------------------------------------------------------------------------- accuracies
@@ -191,8 +197,11 @@ def video_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def video_scores(logits: Tensor) -> Tensor:
-    """Softmax of logits (videos, clips, classes), averaged over clips: (videos, classes)."""
-    return logits.double().softmax(2).mean(1)
+    """Logarithm of the softmax of logits (videos, clips, classes), averaged over clips: (videos, classes).
+
+    The averages themselves may underflow, and would then tie.
+    """
+    return logits.double().log_softmax(2).logsumexp(1) - math.log(logits.shape[1])
 
 
 # ------------------------------------------------------------------------------------------- stored classifiers
@@ -249,11 +258,11 @@ class StoredClassifier:
             return {}
         state, path = found
         self._latest_damaged = path.name == checkpoint.PREVIOUS
-        for what in ("encoder", "data"):
+        for what, meaning in {"encoder": "its weights", "data": "the videos' names, labels and sizes"}.items():
             if state[what] != self.prints[what]:
                 raise UserError(
-                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]}; start from scratch "
-                    "without --resume and with --set resume=false"
+                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]} (a fingerprint of "
+                    f"{meaning}); start from scratch without --resume and with --set resume=false"
                 )
         then, now = state["recipe"], self.prints["recipe"]
         for key in differing(then, now, OF_THE_TEST):

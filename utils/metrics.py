@@ -76,7 +76,7 @@ def retrieval(queries: Tensor, gallery: Tensor, ks: tuple[int, ...] = (1, 5, 10)
     similarity = torch.einsum("iwd,jwd->ij", queries, gallery)
     own = similarity.diagonal().unsqueeze(1)
     better = (~(similarity < own)).sum(1) - 1
-    return {f"R@{k}": 100.0 * (better < k).float().mean().item() for k in ks}
+    return {f"R@{k}": 100.0 * (better < k).double().mean().item() for k in ks}
 
 
 def nearest_neighbour_accuracy(
@@ -104,12 +104,11 @@ def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def _vote(similarity: Tensor, gallery_labels: Tensor, labels: Tensor, ks: tuple[int, ...], room: int = 0) -> dict:
-    """kNN@k from cosines (queries, gallery), with k at most the gallery size minus `room`."""
-    ks = tuple(min(k, similarity.shape[1] - room) for k in ks)
-    similarity, nearest = similarity.topk(max(ks), dim=1)
+    """kNN@k from cosines (queries, gallery); no more than the gallery size minus `room` neighbours vote."""
+    similarity, nearest = similarity.topk(min(max(ks), similarity.shape[1] - room), dim=1)
     votes = torch.nn.functional.one_hot(gallery_labels[nearest], int(gallery_labels.max()) + 1).double()
     accuracy = {}
     for k in ks:
         tally = (votes[:, :k] * (1 + 1e-4 * similarity[:, :k, None])).sum(1)
-        accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == labels).float().mean().item()
+        accuracy[f"kNN@{k}"] = 100.0 * (tally.argmax(1) == labels).double().mean().item()
     return accuracy

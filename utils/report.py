@@ -144,7 +144,7 @@ def statistics_of(state: Mapping, cfg: dict) -> tuple[dict[str, Tensor], str]:
     """Audio statistics of a checkpoint, or if it has none, of the training videos; and their source."""
     if "audio_stats" in state:
         return state["audio_stats"], "the checkpoint"
-    videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"])
+    videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"], with_sound=True)
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
     return audio_statistics(videos, recipe, cfg["num_workers"], cfg["cache_dir"]), f"{videos}, computed"
 
@@ -198,7 +198,7 @@ def shared_held_out(cfgs: list[dict]) -> VideoList:
     Raises:
         UserError: they are not the same for all runs.
     """
-    first, *others = (build_videos(cfg["dataset"], cfg["dataset"]["test"]["split"]) for cfg in cfgs)
+    first, *others = (build_videos(cfg["dataset"], cfg["dataset"]["test"]["split"], with_sound=True) for cfg in cfgs)
     for cfg, videos in zip(cfgs[1:], others, strict=True):
         if videos.fingerprint != first.fingerprint:
             raise UserError(
@@ -227,7 +227,8 @@ def measure(
     """Retrieval and nearest-neighbour figures in percent, and the held-out embeddings behind them."""
     test = embed(model, build_held_out(cfg, device, most=None), prepare)
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
-    train_videos = EvenClips(build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"]), recipe, windows=1)
+    videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"], with_sound=True)
+    train_videos = EvenClips(videos, recipe, windows=1)
     loader = make_loader(
         train_videos,
         cfg["num_workers"],

@@ -23,7 +23,7 @@ from utils.cli import evaluation_parser, run_script
 from utils.concepts import report_concepts
 from utils.config import load_config
 from utils.errors import STATUS, Preempted, RunFailed, UserError
-from utils.evaluation import RANDOM, benchmark_folder
+from utils.evaluation import RANDOM, benchmark_folder, ratio_text
 from utils.logger import duration
 from utils.pictures import picture
 
@@ -132,7 +132,7 @@ def command(
 ) -> list[str]:
     """The command line of one evaluation."""
     full = [sys.executable, str(SCRIPT), args.cfg, model_cfg, "--quiet", "--use-rest-classes"]
-    full += ["--few-shot-ratio", f"{ratio:g}", "--set", f"few_shot_seed={seed}"]
+    full += ["--few-shot-ratio", ratio_text(ratio), "--set", f"few_shot_seed={seed}"]
     full += ["--set", "resume=false"] if args.anew else ["--resume"]
     if random:
         full.append("--random-weights")

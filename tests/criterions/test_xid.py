@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from criterions import build_criterion, q_schedule, xID
+from criterions import RINCE, build_criterion, q_schedule, xID
 from utils.errors import UserError
 
 ARGS = {"num_negatives": 7, "q": 0.1, "lam": 0.05, "hard_neg_epoch": 2}
@@ -349,3 +349,19 @@ def test_a_builders_arguments_go_before_those_of_the_file():
     assert (criterion.nce_average.seed, criterion.num_epochs, criterion.nce_average.num_instances) == (0, 3, 7)
     with pytest.raises(UserError, match="loss.name: unknown"):
         build_criterion({"name": ["xID"]})
+
+
+def test_a_temperature_at_which_the_loss_would_overflow_is_refused():
+    with pytest.raises(UserError, match=r"temperature: with q up to 1, expected at least 0.0125, found 0.01:"):
+        xID(30, 8, q=0.0, q_max=1.0, temperature=0.01, num_epochs=10)
+    xID(30, 8, q=0.0, q_max=1.0, temperature=0.01)  # q is constant
+    scores = torch.full((1, 1), 1 / 0.0125), torch.full((1, 7), 1 / 0.0125)
+    assert RINCE(1.0, 1.0)(*scores).isfinite()
+
+
+def test_the_log_says_which_loss_it_is():
+    criterion = xID(30, 8, num_epochs=5, temperature=0.2, **ARGS, **HARD)
+    said = "positive: its row; negatives: 7 random rows and from epoch 3 on 10 mixed from the 5 nearest rows; "
+    assert said + "temperature 0.2; q 0.1 to 0.4" in repr(criterion)
+    live = repr(xID(30, 8, num_negatives=0, live_targets=True, q=0.0))
+    assert "positive: the clip's other embedding; negatives: the batch; temperature 0.07; q 0 to 0" in live

@@ -85,6 +85,9 @@ def test_a_prepared_folder_works_as_the_raw_one(raw, tmp_path, monkeypatch, caps
     assert (out / "contact-sheet.png").stat().st_size > 10_000
     videos = build_videos(dataset(out), "train")
     assert [videos.name(i) for i in range(len(videos))] == sorted(CLIPS[:3])  # without the bad one
+    heard = build_videos(dataset(out), "train", with_sound=True)
+    assert heard.names() == sorted(set(CLIPS[:3]) - {CLIPS[0]}) and len(heard.labels) == 2  # a raw folder tells nothing
+    assert len(build_videos(dataset(raw), "train", with_sound=True)) == 4
     (raw / "train/bad_000009.mp4").unlink()
     assert videos.fingerprint == build_videos(dataset(raw), "train").fingerprint  # a run goes on from raw to prepared
     assert list(videos.classes) == ["playing", "singing"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from datasets import sampling
+from datasets.decoded import DecodedVideos
 from datasets.decoding import VideoFile
 from datasets.preprocessing import crop_and_resize, no_video_augmentation
 from datasets.video_dataset import (
@@ -83,6 +84,18 @@ def test_a_list_keeps_names_labels_and_its_fingerprint(tmp_path):
     assert videos.fingerprint != VideoList(tmp_path, names[::-1]).fingerprint
     assert videos.fingerprint != VideoList(tmp_path, [*names[:3], "tail  "]).fingerprint
     assert videos._names.is_shared()
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_sound_that_begins_when_the_video_has_ended_is_no_sound_of_it(tmp_path, make_video, decoded):
+    make_video(tmp_path / "apart.mkv", seconds=1.0, audio_start=3.0, audio_seconds=2.0)
+    videos, kept = VideoList(tmp_path, ["apart.mkv"]), DecodedVideos(tmp_path / "kept", 8000) if decoded else None
+    for sample in (TrainingClips(videos, RECIPE, 1, 0, False, kept)[0, 0], EvenClips(videos, RECIPE, 2, kept)[0]):
+        ((name, reason),) = sample["failures"]
+        assert "frames" not in sample and name == "apart.mkv"
+        assert (
+            "expected video and sound at the same time, found video from 0.000 to 1.000 s and sound from 3.0" in reason
+        )
 
 
 def test_every_video_comes_equally_often_and_epochs_differ():

@@ -55,8 +55,10 @@ def test_features_by_name_and_their_widths(backbone):
     embs = backbone(video, return_embs=True)
     torch.testing.assert_close(features["pool"], embs["pool"].flatten(1))
     torch.testing.assert_close(features["conv5x-2"], embs["conv5x"].mean((2, 3, 4)))
-    with pytest.raises(UserError, match="feat_dims.* feature pool has 512 values a clip, found 64; set it"):
+    with pytest.raises(UserError, match=r"64 for feature pool, which has 512 values a clip; set it .* leaves 512$"):
         FeatureExtractor(backbone, ["pool"], feat_dims=[64])(video)
+    with pytest.raises(UserError, match=r"256 for feature conv4x, which has 1024 values .* leaves 256$"):
+        FeatureExtractor(backbone, ["conv4x"], feat_dims=[256]).check((4, 32, 32, 3))
     with pytest.raises(UserError, match="no feature 'conv9'"):
         FeatureExtractor(backbone, ["conv9"])(video)
     with pytest.raises(UserError, match="feat_dims: 2 values for 3 feat_names"):

@@ -91,7 +91,18 @@ def test_a_part_that_a_checkpoint_lacks_is_named(tmp_path):
 def run_checkpoints(folder, **changes):
     optimizer = {"num_epochs": 5, "lr": {"milestones": [2]}}
     cfg = {"test_freq": 3, "keep_last": 0, "save_every_minutes": 60, "resume": True, "optimizer": optimizer, **changes}
-    return checkpoint.RunCheckpoints(folder, cfg, "videos", 10)
+    return checkpoint.RunCheckpoints(folder, cfg, "videos", 10, "fp32")
+
+
+def test_a_run_that_goes_on_in_another_precision_is_told(tmp_path, caplog):
+    """`precision: null` leaves it to the device, so the configuration does not show it."""
+    run_checkpoints(tmp_path).save({}, epoch=1, step=0)
+    with caplog.at_level("WARNING", logger="avssrl"):
+        assert run_checkpoints(tmp_path).latest()["precision"] == "fp32"
+        assert not caplog.text
+        cfg = run_checkpoints(tmp_path).config
+        checkpoint.RunCheckpoints(tmp_path, cfg, "videos", 10, "bf16").latest()
+    assert "it ran in fp32, now in bf16: not bit-exact from here" in caplog.text
 
 
 def test_what_is_saved_after_an_epoch(tmp_path):
@@ -208,11 +219,11 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path, caplog):
     state = {"epoch": 1, "step": 0, "world_size": 1, "videos": "list", "config": then}
     checkpoint.save(tmp_path, state)
     with caplog.at_level("INFO", logger="avssrl"):
-        assert checkpoint.RunCheckpoints(tmp_path, now, "list", 10).latest()["epoch"] == 1
+        assert checkpoint.RunCheckpoints(tmp_path, now, "list", 10, "fp32").latest()["epoch"] == 1
     assert "loss.args.bank_dtype fp32" in caplog.text
     checkpoint.save(tmp_path, state | {"config": then | {"seed": 1}})
     with pytest.raises(UserError, match="seed was 1, is 0"):
-        checkpoint.RunCheckpoints(tmp_path, now, "list", 10).latest()
+        checkpoint.RunCheckpoints(tmp_path, now, "list", 10, "fp32").latest()
 
 
 def test_a_crash_in_the_midst_of_saving_a_milestone_loses_it_not(tmp_path, monkeypatch):

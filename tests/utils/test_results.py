@@ -51,8 +51,14 @@ def test_a_video_s_scores_are_the_mean_of_its_clips_probabilities():
     """One clip that is sure does not outvote two: of the logits' mean, (2, 20 / 3), the other class is the largest."""
     logits, sure = torch.tensor([[[0.0, 20.0], [3.0, 0.0], [3.0, 0.0]]]), 1 / (1 + math.exp(-3))
     first = (1 / (1 + math.exp(20)) + 2 * sure) / 3
-    assert evaluation.video_scores(logits)[0].tolist() == pytest.approx([first, 1 - first])
+    assert evaluation.video_scores(logits)[0].exp().tolist() == pytest.approx([first, 1 - first])
     assert evaluation.video_accuracies(logits, torch.tensor([0]))["Video@1"] == 100
+
+
+def test_a_video_s_probabilities_may_be_smaller_than_any_number():
+    logits = torch.full((1, 10, 12), -900.0)
+    logits[:, :, 0], logits[:, :, 1] = 0, -800
+    assert evaluation.video_accuracies(logits, torch.tensor([1])) == {"Video@1": 0.0, "Video@5": 100.0}
 
 
 def outcome(classes=3, seed=0, rate=1e-4, epochs=(50, 50)):
@@ -255,6 +261,7 @@ def test_variants_of_an_evaluation_have_folders_of_their_own():
 
     assert variant() == "" and variant(seed=1) == "seed-1"
     assert variant(seed=2, few_shot_seed=3, few_shot_ratio=0.1) == "few-shot-0.1-seed-3_seed-2"
+    assert variant(few_shot_ratio=1.0) == "few-shot-1" and variant(few_shot_ratio=1 / 3) == f"few-shot-{1 / 3!r}"
     assert variant(random_weights=True, use_rest_classes=True) == "random-weights_rest-classes"
     assert variant(checkpoint="a/b.pth.tar") != variant(checkpoint="b.pth.tar")
 

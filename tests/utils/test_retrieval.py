@@ -100,7 +100,14 @@ def test_neighbours_are_of_all_windows_and_need_five_others(embeddings):
         label = embeddings["label"].where(torch.arange(30) < labelled, torch.tensor(-1))
         figures = held_out_figures(embeddings | {"label": label})
         assert [name for name in figures if name.startswith("kNN")] == told
-    assert set(leave_one_out_accuracy(torch.eye(4), torch.arange(4), (5,))) == {"kNN@3"}
+    assert set(leave_one_out_accuracy(torch.eye(4), torch.arange(4), (5,))) == {"kNN@5"}  # of three
+
+
+def test_percentages_are_not_rounded_to_float32():
+    queries = torch.eye(40)[:, None]
+    gallery = torch.roll(torch.eye(40), 1, 0)[:, None]
+    gallery[:8] = torch.eye(40)[:8, None]  # 7 of 40 find their own; the eighth has an equal
+    assert retrieval(queries, gallery, (1,)) == {"R@1": 17.5}
 
 
 class Encoder(nn.Module):
