@@ -60,7 +60,10 @@ def main() -> None:
 
 
 def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
-    """Run one process of the training, from the data to the last checkpoint."""
+    """Run one process of the training, from the data to the last checkpoint.
+
+    The loop is that of main-ssl.py but for BN, bank and the call of the loss: a change may belong there, too.
+    """
     folder = start_run(cfg, args.quiet)
     precision = Precision(cfg["precision"], device)
     torch.backends.cudnn.benchmark = True  # all batches have the same shape

@@ -11,8 +11,8 @@ class Conv2DNet(nn.Module):
     """Audio network of nine 2D convolutions (Morgado et al. 2021, "AVID"), `out_dim` 512.
 
     A 7x7 stem of stride 2 and four blocks of 64, 128, 256 and 512 channels; the first three halve both axes. `init`
-    names the first weights (`network_blocks.init_backbone`). Raises `UserError` for a `depth` other than 10 or an
-    unknown `init`.
+    names the first weights (`network_blocks.init_backbone`). The only `depth` is 10, AVID's name for it. Raises
+    `UserError` for another, or for an unknown `init`.
     """
 
     def __init__(self, depth: int = 10, init: str = "he") -> None:

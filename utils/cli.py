@@ -54,8 +54,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="start one process per GPU of this node",
     )
     add("--nproc", type=int, metavar="N", help="processes on this node; default: one per GPU, 1 without a GPU")
-    add("--world-size", type=int, metavar="N", help="number of nodes; default: 1")
-    add("--rank", type=int, metavar="R", help="this node's number, 0 to N - 1")
+    add("--world-size", type=int, metavar="N", help="nodes, or without --distributed processes; default: 1")
+    add("--rank", type=int, metavar="R", help="number of this node (or process), 0 to N - 1")
     add("--dist-url", metavar="URL", help="rendezvous address: tcp://HOST:PORT of the first node")
     add("--dist-backend", choices=("nccl", "gloo"), metavar="B", help="default: nccl on GPUs, gloo on CPUs")
 

@@ -24,7 +24,7 @@ def learning_rate(optimizer: dict, epoch: int, progress: float = 0.0) -> float:
     """The learning rate at a fraction `progress` (0 to 1) of an epoch.
 
     `multistep`: base_lr times gamma for each milestone reached. `cosine`: half a cosine from base_lr to 0 over
-    num_epochs. Both warm up linearly over the first `warmup_epochs`.
+    num_epochs. Both warm up linearly over the first `warmup_epochs`, from a thousandth of an epoch's rise, not 0.
     """
     lr, now = optimizer["lr"], epoch + progress
     if lr["name"] == "multistep":

@@ -35,8 +35,8 @@ def embed(
         autocast: the context of a forward pass, as in training; `prepare` and the metrics run outside it.
 
     Returns:
-        On the CPU: `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows, 512),
-        `index` and `label` (videos,).
+        On the CPU: `video` and `audio` embeddings (videos, windows, D), pooled video `features` (videos, windows,
+        out_dim), `index` and `label` (videos,).
 
     Raises:
         UserError: none of the videos could be read.
