@@ -162,8 +162,8 @@ def fine_tune(
         dummy = torch.zeros(1, *loader.dataset.recipe.clip_shape, dtype=torch.uint8)
         if compiles(cfg["compile"], device):
             prepare.compile(dynamic=False)
-        tested = broadcast_object(writer.wrote(f"{part.name} test", start_epoch * batches.steps))
-        if start_epoch and not start_step and start_epoch % cfg["test_freq"] == 0 and not tested:
+        already_tested = broadcast_object(writer.wrote(f"{part.name} test", start_epoch * batches.steps))
+        if start_epoch and not start_step and start_epoch % cfg["test_freq"] == 0 and not already_tested:
             test_between_epochs(start_epoch)  # a signal had cut it short
         batches.start_at(start_epoch, start_step, last_epoch - start_epoch)
         stream = prefetch(loader, device)

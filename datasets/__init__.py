@@ -143,8 +143,8 @@ def build_held_out(
     return make_loader(clips, cfg["num_workers"], device, batch_size=batch_size, collate_fn=collate_readable)
 
 
-def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str], list[str]]:
-    """List the labelled videos of an evaluation's `train` or `test` split.
+def build_labelled(cfg: dict, section: str, fold: int, allow_missing: bool) -> tuple[VideoList, list[str], list[str]]:
+    """List the labelled videos of an evaluation's section `train` or `test`.
 
     Returns:
         The videos, the names of the missing ones, and the names of those left out because they have no label.
@@ -153,7 +153,7 @@ def build_labelled(cfg: dict, part: str, fold: int, allow_missing: bool) -> tupl
         UserError: there are no data, no video has a label, or videos are missing and `allow_missing` is False.
     """
     dataset = {**cfg["dataset"], "fold": fold}
-    split = dataset[part]["split"]
+    split = dataset[section]["split"]
     videos, unlabelled = labelled_videos(build_videos(dataset, split))
     if not len(videos):
         raise UserError(
@@ -195,8 +195,8 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
             f"dataset.train.split: {cfg['dataset']['train']['split']} is the same for each of num_folds: "
             f"{cfg['dataset']['num_folds']}; replace the fold's number by {{fold}}"
         )
-    for part in ("train", "test"):
-        _check_fold(cfg["dataset"][part]["split"], part, fold)
+    for section in ("train", "test"):
+        _check_fold(cfg["dataset"][section]["split"], section, fold)
     train, missing, unlabelled = build_labelled(cfg, "train", fold, args.allow_missing)
     test, missing_test, unlabelled_test = build_labelled(cfg, "test", fold, args.allow_missing)
     both = set(train.names()) & set(test.names())
@@ -217,12 +217,12 @@ def build_fold(cfg: dict, fold: int, args: argparse.Namespace) -> FoldData:
     return FoldData(train, test, chosen, parts, missing, unlabelled)
 
 
-def _check_fold(split: str, part: str, fold: int) -> None:
+def _check_fold(split: str, section: str, fold: int) -> None:
     """Raise UserError if a split's name is that of another fold: its result would be filed as this one's."""
     number = re.search(r"\d+$", split)
     if "{fold" not in split and fold != (int(number[0]) if number else 1):
         raise UserError(
-            f"dataset.{part}.split: {split} is not of fold {fold} (dataset.fold); write {{fold}} for the number, or "
+            f"dataset.{section}.split: {split} is not of fold {fold} (dataset.fold); write {{fold}} for the number, or "
             "--set dataset.fold"
         )
 

@@ -231,7 +231,7 @@ class StoredClassifier:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
         self._parts: dict[str, dict] = {}
         self._latest_damaged = False
-        self.prints = {"encoder": encoder, "data": data, "recipe": recipe}
+        self.fingerprints = {"encoder": encoder, "data": data, "recipe": recipe}
 
     def load(self) -> dict[str, dict]:
         """The stored states by part, on every rank; empty if new classifiers are to be trained.
@@ -240,7 +240,7 @@ class StoredClassifier:
             UserError: the stored one was made from something else, `test_only` finds none, or the ranks found
                 different ones, or have different encoders.
         """
-        if len(set(gather_objects(self.prints["encoder"]))) > 1:
+        if len(set(gather_objects(self.fingerprints["encoder"]))) > 1:
             raise UserError(
                 "the processes loaded different encoders; model.model_dir must be on a disk that all nodes share, and "
                 "a pre-training that is still running may just have saved: run it again"
@@ -259,12 +259,12 @@ class StoredClassifier:
         state, path = found
         self._latest_damaged = path.name == checkpoint.PREVIOUS
         for what, meaning in {"encoder": "its weights", "data": "the videos' names, labels and sizes"}.items():
-            if state[what] != self.prints[what]:
+            if state[what] != self.fingerprints[what]:
                 raise UserError(
-                    f"{path}: was trained with {what} {state[what]}, now {self.prints[what]} (a fingerprint of "
+                    f"{path}: was trained with {what} {state[what]}, now {self.fingerprints[what]} (a fingerprint of "
                     f"{meaning}); start from scratch without --resume and with --set resume=false"
                 )
-        then, now = state["recipe"], self.prints["recipe"]
+        then, now = state["recipe"], self.fingerprints["recipe"]
         for key in differing(then, now, OF_THE_TEST):
             raise UserError(
                 f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or start "
@@ -272,7 +272,7 @@ class StoredClassifier:
             )
         log.info("going on from %s", path)
         parts = state["parts"]
-        missing = [part for part in self.prints["recipe"]["parts"] if part not in parts]
+        missing = [part for part in self.fingerprints["recipe"]["parts"] if part not in parts]
         if self.cfg["test_only"] and missing:
             raise UserError(f"{path}: no classifier for the {missing[0]} classes yet; train it without --test-only")
         return parts
@@ -281,7 +281,7 @@ class StoredClassifier:
         """Store the state of a part along with those of the others, on rank 0."""
         self._parts[part] = state
         if is_main():
-            state = {**self.prints, "parts": self._parts}
+            state = {**self.fingerprints, "parts": self._parts}
             checkpoint.save(self.folder, state, latest_damaged=self._latest_damaged)
             self._latest_damaged = False
 
