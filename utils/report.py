@@ -43,6 +43,7 @@ from utils.logger import percentages, read_metrics
 from utils.memory import default_device
 from utils.metrics import nearest_neighbour_accuracy
 from utils.pictures import picture, save_picture
+from utils.precision import Precision
 from utils.results import collect, summary, tell_apart
 from utils.retrieval import (
     NEIGHBOURS,
@@ -126,10 +127,11 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     else:
         stats, source = statistics_of(state, cfg)
     held_out, prepare = build_held_out(cfg, device, most=None), BatchPrep(cfg["dataset"], stats, device)
-    embeddings = embed(model, held_out, prepare)
+    autocast = Precision(cfg["precision"], device).autocast
+    embeddings = embed(model, held_out, prepare, autocast)
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
     for name, without in (controls(prepare) if args.controls else {}).items():
-        print(f"without {name}: {percentages(cross_modal_retrieval(embed(model, held_out, without)))}")
+        print(f"without {name}: {percentages(cross_modal_retrieval(embed(model, held_out, without, autocast)))}")
     if args.map is not None and len(embeddings["index"]) < 3:
         raise UserError(f"--map: {len(embeddings['index'])} videos could be read, but a map needs at least 3")
     if args.png is not None:
@@ -225,7 +227,8 @@ def measure(
     model: torch.nn.Module, cfg: dict, prepare: BatchPrep, device: torch.device
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Retrieval and nearest-neighbour figures in percent, and the held-out embeddings behind them."""
-    test = embed(model, build_held_out(cfg, device, most=None), prepare)
+    autocast = Precision(cfg["precision"], device).autocast
+    test = embed(model, build_held_out(cfg, device, most=None), prepare, autocast)
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
     videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"], with_sound=True)
     train_videos = EvenClips(videos, recipe, windows=1)
@@ -236,7 +239,7 @@ def measure(
         batch_size=cfg["dataset"]["batch_size"],
         collate_fn=collate_readable,
     )
-    train = embed(model, loader, prepare)
+    train = embed(model, loader, prepare, autocast)
     known, known_test = train["label"] >= 0, test["label"] >= 0
     if known.sum() < NEIGHBOURS or not known_test.any():
         return cross_modal_retrieval(test), test

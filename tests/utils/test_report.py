@@ -158,6 +158,21 @@ def test_retrieval_without_motion_and_without_the_order_of_sound(trained, monkey
     assert order.startswith("without order of sound: v2a_R@1 ")
 
 
+def test_retrieval_in_the_precision_of_the_run(trained, monkeypatch):
+    embed, dtypes = report.embed, []
+
+    def spied(model, batches, prepare, autocast):
+        hook = model.video_model.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+        embeddings = embed(model, batches, prepare, autocast)
+        hook.remove()
+        return embeddings
+
+    monkeypatch.setattr(report, "embed", spied)
+    show(monkeypatch, "retrieval", trained[1])
+    show(monkeypatch, "retrieval", trained[1], "--set", "precision=bf16")
+    assert set(dtypes[: len(dtypes) // 2]) == {torch.float32} and set(dtypes[len(dtypes) // 2 :]) == {torch.bfloat16}
+
+
 def test_retrieval_with_other_mel_bins(trained, monkeypatch, tmp_path):
     cfg = tmp_path / "bins.yaml"
     cfg.write_text(trained[1].read_text().replace("n_mels: 32", "n_mels: 40"))
