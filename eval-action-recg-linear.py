@@ -13,6 +13,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from utils.compiling import compiles
 from utils.distributed import broadcast_object, gather_objects, is_main, launch
 from utils.errors import RunFailed, UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
+from utils.files import check_writable
 from utils.folds import begin_fold, evaluate_folds
 from utils.frozen import FrozenEncoder
 from utils.logger import MetricsWriter, StepClock, in_words, log, stage
@@ -63,6 +65,7 @@ def evaluate_fold(
     folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
+    check_writable(Path(cfg["cache_dir"]), "cache_dir")
     extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     drifts = cfg["encoder_bn"] == "train"
     prepare = VideoPrep(cfg["dataset"]["color"]).to(device)

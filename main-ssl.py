@@ -69,8 +69,6 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     log.info("an epoch has %d clips, in %d steps of %d", len(clips), batches.steps, cfg["dataset"]["batch_size"])
     checkpoints = RunCheckpoints(folder, cfg, videos.fingerprint, batches.steps, precision.name)
     state = checkpoints.latest()
-    if not cfg["test_only"]:
-        write_config(folder, cfg)
 
     stage("Model")
     num_epochs, accumulate = cfg["optimizer"]["num_epochs"], cfg["accumulate"]
@@ -116,6 +114,7 @@ def pretrain(device: torch.device, args: argparse.Namespace, cfg: dict) -> None:
     if cfg["test_only"]:
         monitor.measure(start_epoch)
         return
+    write_config(folder, cfg)
     guard.protect(model)
     graphs = records_graphs(cfg, device)
     compression = cfg["gradient_compression"]

@@ -64,7 +64,7 @@ def build_videos(dataset: dict, split: str, with_sound: bool = False) -> VideoLi
         hint = (
             f"run python3 -m datasets.demo --root {dataset['root']} to create it"
             if dataset["name"] == "demo"
-            else "set dataset.root to its location"
+            else "set dataset.root to its location; datasets/README.md says how to get it"
         )
         raise UserError(f"{dataset['root']}: no such folder for data set {dataset['name']}; {hint}")
     videos = LISTS[dataset["name"]](dataset, split)

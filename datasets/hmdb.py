@@ -7,7 +7,10 @@ from datasets.video_dataset import VideoList, each_once, read_list
 from utils.config import split_of_fold
 from utils.errors import UserError
 
-HELP = "expected HMDB-51 as published: videos/<class>/*.avi (or hmdb51_org/) and splits/<class>_test_split<k>.txt"
+HELP = (
+    "expected HMDB-51 as published: videos/<class>/*.avi (or hmdb51_org/) and splits/<class>_test_split<k>.txt; see "
+    "datasets/README.md"
+)
 MARKS = {"train": "1", "test": "2"}  # in the split files; 0: in neither split
 
 

@@ -19,6 +19,7 @@ from datasets.preprocessing import LogMelSpectrogram, normalise_peak
 from datasets.video_dataset import ClipRecipe, VideoList, make_loader, read_waveform
 from utils.errors import UserError
 from utils.files import write_whole
+from utils.logger import is_quiet
 
 MOST_VIDEOS = 2000
 
@@ -100,7 +101,8 @@ def _compute(
     loader = make_loader(dataset, num_workers, batch_size=None, collate_fn=None)
     mels = recipe.spec_params["n_mels"]
     total, squares, frames, errors = torch.zeros(mels).double(), torch.zeros(mels).double(), 0, []
-    for answer in tqdm(loader, "audio statistics", unit="video", disable=None, leave=False):
+    disable = True if is_quiet() else None  # None: unless the console is a terminal
+    for answer in tqdm(loader, "audio statistics", unit="video", disable=disable, leave=False):
         if isinstance(answer, str):
             errors.append(answer)
             continue

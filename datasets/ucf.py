@@ -7,7 +7,7 @@ from datasets.video_dataset import VideoList, each_once, read_list
 from utils.config import split_of_fold
 from utils.errors import UserError
 
-HELP = "expected UCF-101 as published: videos/<Class>/*.avi (or UCF-101/) and ucfTrainTestlist/"
+HELP = "expected UCF-101 as published: videos/<Class>/*.avi (or UCF-101/) and ucfTrainTestlist/; see datasets/README.md"
 
 
 def list_videos(dataset: dict, split: str) -> VideoList:

@@ -45,7 +45,11 @@ def list_videos(dataset: dict, split: str) -> VideoList:
         names = _subset(names, clips, dataset["list"])
     if not names:
         raise UserError(f"{folder}: holds no video to use; {HELP}")
-    labels, classes = read_labels(root / "vggsound.csv", [clips[name] for name in names])
+    try:
+        labels, classes = read_labels(root / "vggsound.csv", [clips[name] for name in names])
+    except UserError as error:  # whoever needs labels will miss them
+        log.warning("no labels: %s", error)
+        labels, classes = None, []
     return VideoList(root, [f"{folders[split]}/{name}" for name in names], labels, classes)
 
 
@@ -104,7 +108,10 @@ def _subset(names: list[str], clips: dict[str, Clip], list_file: str | None) -> 
     try:
         lines = Path(list_file).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"dataset.list: {list_file}: cannot be read: {error}") from None
+        raise UserError(
+            f"dataset.list: {list_file}: cannot be read: {error}; expected one name per line. README says where the "
+            "thesis' list is; without dataset.list, 50,000 videos are chosen by a rule"
+        ) from None
     wanted = {parse_name(line.rsplit("/", 1)[-1]) for line in lines}
     kept = [name for name in names if clips[name] in wanted]
     if not kept:

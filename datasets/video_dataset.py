@@ -349,7 +349,7 @@ def read_list(file: Path, help_text: str) -> list[str]:
         UserError: the file does not exist or cannot be read; `help_text` says what was expected.
     """
     try:
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")  # names may hold other breaks
     except FileNotFoundError:
         raise UserError(f"{file}: no such list; {help_text}") from None
     except OSError as error:

@@ -183,7 +183,7 @@ def test_parts_each_start_from_the_pretrained_encoder(cfgs, tmp_path):
         tmp_path, cfg, model, "--random-weights", "--use-rest-classes", "--set", f"dataset.rest_classes={lists}",
         *tiny_steps,
     )  # fmt: skip
-    states = checkpoint.load(tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_rest-classes/checkpoint.pth.tar")
+    states = checkpoint.load(next(tmp_path.glob("runs/**/random-weights_rest-classes-*/checkpoint.pth.tar")))
     counts = [state["model"]["video_model.conv1.1.num_batches_tracked"].item() for state in states["parts"].values()]
     assert counts == [2, 2]  # steps of 4 videos in batches of 3: the second part did not go on from the first
     torch.manual_seed(0)

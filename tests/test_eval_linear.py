@@ -199,7 +199,7 @@ def test_unseen_and_seen_classes_and_few_shot_subsets(cfgs, tmp_path):
         assert found[ratio]["few_shot"]["seed"] == 42
     few, half = (found[ratio]["few_shot"]["videos"] for ratio in (0.3, 0.5))
     assert len(few) == 2 and len(half) == 4 and set(few) < set(half)
-    folder = tmp_path / "runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5_rest-classes"
+    (folder,) = tmp_path.glob("runs/tiny/eval-tiny/fold-01/random-weights_few-shot-0.5_rest-classes-*")
     assert (folder / "confusion-unseen-pool.png").is_file() and (folder / "per-class-seen-pool.csv").is_file()
     stored = checkpoint.load(folder / checkpoint.LATEST)
     del stored["parts"]["seen"]  # as if it had been killed before
@@ -209,7 +209,7 @@ def test_unseen_and_seen_classes_and_few_shot_subsets(cfgs, tmp_path):
     assert "the nearest is HandstandPushups" in fail(cfg, model, *more)
 
 
-def test_resume_and_test_only(cfgs, tmp_path):
+def test_resume_and_test_only(cfgs, tmp_path, ucf):
     cfg, model = cfgs()
     base = (cfg, model, "--random-weights")
     assert "no stored classifier" in fail(*base, "--test-only")
@@ -221,8 +221,10 @@ def test_resume_and_test_only(cfgs, tmp_path):
     assert (written.parent / "confusion-pool.png").exists()
     assert "256 for feature pool, which has 512 values a clip" in fail(*base, "--set", "model.args.feat_dims=[256]")
     assert json.loads((written.parent / "results.json").read_text()) == tested  # a mistake costs no results
-    writes_nothing = ("--set", f"cache_dir={written}")  # noticed with the first features: a new training has begun
-    assert str(written) in fail(*base, *writes_nothing)
+    shutil.copytree(ucf, tmp_path / "ucf")
+    next((tmp_path / "ucf/videos").rglob("*g01_c01.mp4")).write_text("no video")
+    told = fail(*base, "--set", f"dataset.root={tmp_path}/ucf")  # with the first features: a new training has begun
+    assert "cannot be decoded" in told
     assert not (written.parent / "results.json").exists() and not (written.parent / "confusion-pool.png").exists()
     assert not (written.parent / "checkpoint.pth.tar").exists()  # a later --resume would take the old classifier
     assert evaluate(tmp_path, *base)["results"] == whole["results"]
@@ -290,6 +292,12 @@ def test_mistakes_delete_nothing(cfgs, tmp_path):
     folder = next(tmp_path.glob("runs/**/results.json")).parent
     fail(cfg, model, "--random-weights", "--set", "precision=fp16")
     fail(cfg, model, "--random-weights", "--set", "dataset.root=/nowhere")
+    (tmp_path / "file").touch()
+    told = fail(cfg, model, "--random-weights", "--set", f"cache_dir={tmp_path}/file")
+    assert f"cache_dir: {tmp_path}/file: cannot be written to: " in told
+    few = ("--set", "dataset.batch_size=100", "--set", "dataset.train.drop_last=true")
+    assert "dataset.batch_size: 100 exceeds the 8 clips" in fail(cfg, model, "--random-weights", *few)
+    assert "--checkpoint: expected a file, found an empty name" in fail(cfg, model, "--checkpoint", "")
     assert (folder / "results.json").exists() and (folder / "checkpoint.pth.tar").exists()
 
 

@@ -283,7 +283,11 @@ def test_another_configuration_or_list_is_refused(config, videos, make_video):
     run(file)
     error = run(file, "--set", "model.args.video_backbone_args.depth=18", status=2).stderr
     assert "depth was 10, is 18" in error and error.count("\n") == 1
-    assert "depth: 10" in (config.folder("tiny") / "config.yaml").read_text()  # the run's, not what was refused
+    written = (config.folder("tiny") / "config.yaml").read_text()
+    assert "depth: 10" in written  # the run's, not what was refused
+    few = ("--set", "resume=false", "--set", "loss.args.num_instances=3", "--set", "optimizer.lr.base_lr=0.3")
+    assert "--set loss.args.num_instances=null" in run(file, *few, status=2).stderr
+    assert (config.folder("tiny") / "config.yaml").read_text() == written
     error = run(file, "--set", "optimizer.lr.base_lr=0.1", status=2).stderr
     assert "optimizer.lr.base_lr was 0.001, is 0.1" in error
     run(file, "--set", "print_freq=2", "--set", "num_workers=0")  # leaves the meaning alone

@@ -226,11 +226,17 @@ def start_from_others(cfg: dict, model: nn.Module, criterion: nn.Module, videos:
         log.info("weights from %s: %s", file, load_pretrained(model, file))
     if (file := cfg["loss"]["args"].get("checkpoint")) is not None:
         other = load(file)
-        if "train_criterion" not in other:
+        if not isinstance(other.get("train_criterion"), Mapping):
             raise UserError(f"loss.args.checkpoint: {file}: holds no memory bank (`train_criterion`)")
         if other.get("videos", videos) != videos:
             raise UserError(
                 f"loss.args.checkpoint: {file}: its bank is for video list {other['videos']}, this one is {videos}"
+            )
+        if "videos" not in other:
+            log.warning(
+                "loss.args.checkpoint: %s: does not say of which list of videos its bank is: make sure that it is this "
+                "one, in this order (names sorted)",
+                file,
             )
         load_weights(criterion, other["train_criterion"], file, optional=("_extra_state",))
         log.info("memory bank from %s", file)

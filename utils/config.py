@@ -8,6 +8,7 @@ for the thesis' code load unchanged.
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -442,6 +443,8 @@ def _apply(raw: dict, override: str, option: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(f"{option} {override}: expected KEY=VALUE, such as dataset.batch_size=16")
+    if not text.strip():
+        raise UserError(f"{option} {override}: the value is empty; to unset a key write {name}=null")
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -485,6 +488,8 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
     value = raw[name]
     if value is None and rule.nullable:
         return None
+    if isinstance(value, str) and value.startswith("~/"):  # a shell does not expand it after KEY=
+        value = os.path.expanduser(value)
     converted = _convert(value, rule)
     good = converted is not None and (not rule.choices or converted in rule.choices)
     if not good or (rule.check is not None and not rule.check(converted)):

@@ -280,8 +280,10 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if nodes is not None and nodes < 1 or options.nproc is not None and options.nproc < 1:
         raise UserError(f"--world-size {nodes}, --nproc {options.nproc}: expected 1 or more")
     many = options.distributed or (nodes or 1) > 1
+    if re.fullmatch(r"tcp://(:\d*|[^:]*)", options.dist_url or ""):
+        raise UserError(f"--dist-url {options.dist_url}: expected tcp://HOST:PORT, such as tcp://node1:29500")
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
-    slurm = (nodes is None or not many) and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env
+    slurm = (nodes is None or not many) and _from_launcher("SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env
     if options.gpu is not None and (many or torchrun or slurm):
         raise UserError(f"--gpu {options.gpu}: selects a single GPU; omit it in a run of several processes")
     if torchrun:
@@ -328,14 +330,14 @@ def _processes_here(nproc: int | None, gpus: int, backend: str) -> int:
 
 
 def _plan_torchrun(options: argparse.Namespace, gpus: int, backend: str) -> Processes:
-    world, own_rank, local_rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    world, own_rank, local_rank = (_from_launcher(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     if options.world_size not in (None, 1, world):
         raise UserError(f"--world-size {options.world_size}: torchrun started {world} processes; omit it")
     url = options.dist_url if options.dist_url != "env://" else None
     for name, value in (("nproc", options.nproc), ("rank", options.rank), ("dist-url", url)):
         if value is not None:
             raise UserError(f"--{name} {value}: torchrun sets the processes, their ranks and address; omit it")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = _from_launcher("LOCAL_WORLD_SIZE", 1)
     _check_gpus("torchrun", here, gpus, backend)
     return Processes(world, own_rank, None, here, local_rank, "env://", backend)
 
@@ -353,10 +355,22 @@ def _plan_slurm(tasks: int, url: str | None, backend: str) -> Processes:
     env = os.environ
     if url is None:
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
-        port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+        port = env.get("MASTER_PORT") or 20000 + _from_launcher("SLURM_JOB_ID", 0) % 20000
         url = f"tcp://{host}:{port}"
-    here = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), int(env.get("SLURM_NODEID", 0)))
-    return Processes(tasks, int(env["SLURM_PROCID"]), None, here, int(env["SLURM_LOCALID"]), url, backend)
+    here = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), _from_launcher("SLURM_NODEID", 0))
+    own_rank, local_rank = _from_launcher("SLURM_PROCID"), _from_launcher("SLURM_LOCALID")
+    return Processes(tasks, own_rank, None, here, local_rank, url, backend)
+
+
+def _from_launcher(name: str, default: int | None = None) -> int:
+    """An integer that torchrun or Slurm put into the environment. Raises UserError if it is none."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        found = "nothing" if text is None else repr(text)
+        raise UserError(f"environment variable {name}: expected a number from torchrun or Slurm, found {found}")
+    return int(text)
 
 
 def _tasks_on_node(tasks_per_node: str, node: int) -> int:

@@ -49,6 +49,8 @@ def load_evaluation(args: argparse.Namespace, classifier: str, other_script: str
     model_cfg = load_config(args.model_cfg, args.set_model, "pre-training", "--set-model")
     if cfg["model"]["name"] != classifier:
         raise UserError(f"{args.cfg}: model.name is {cfg['model']['name']}; for that use {other_script}")
+    if args.checkpoint == "":
+        raise UserError("--checkpoint: expected a file, found an empty name; omit it for the checkpoint of MODEL_CFG")
     if args.checkpoint and args.random_weights:
         raise UserError("--checkpoint and --random-weights exclude each other; give only one")
     if args.few_shot_ratio is not None and not 0 < args.few_shot_ratio <= 1:
@@ -78,19 +80,27 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
     parts = []
     if args.checkpoint:
         path = Path(args.checkpoint)
-        digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:6]
         name = os.fsencode(path.name).decode(errors="replace")  # TensorBoard rejects folders that are not UTF-8
-        parts.append(f"checkpoint-{name.removesuffix('.tar').removesuffix('.pth')}-{digest}")
-    if args.random_weights and not cfg["benchmark"]["name"].endswith("-random"):
+        parts.append(f"checkpoint-{name.removesuffix('.tar').removesuffix('.pth')}-{_digest_of(path)}")
+    of_random = cfg["benchmark"]["name"].endswith("-random")
+    if args.random_weights and not of_random:
         parts.append("random-weights")
+    if of_random and not args.random_weights and not args.checkpoint:
+        parts.append("pretrained")
     if args.few_shot_ratio is not None:
         seed = f"-seed-{cfg['few_shot_seed']}" if cfg["few_shot_seed"] != 42 else ""
         parts.append(f"few-shot-{ratio_text(args.few_shot_ratio)}{seed}")
     if args.use_rest_classes:
-        parts.append("rest-classes")
+        file = cfg["dataset"]["rest_classes"]
+        parts.append("rest-classes" if file is None else f"rest-classes-{Path(file).stem}-{_digest_of(Path(file))}")
     if cfg["seed"]:
         parts.append(f"seed-{cfg['seed']}")
     return "_".join(parts)
+
+
+def _digest_of(path: Path) -> str:
+    """Six hexadecimal digits that tell a file's path from that of another with the same name."""
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:6]
 
 
 def ratio_text(ratio: float) -> str:
@@ -258,17 +268,19 @@ class StoredClassifier:
             return {}
         state, path = found
         self._latest_damaged = path.name == checkpoint.PREVIOUS
+        remedy = "start from scratch without --resume and with --set resume=false"
+        if self.cfg["test_only"]:
+            remedy = "train it without --test-only"
         for what, meaning in {"encoder": "its weights", "data": "the videos' names, labels and sizes"}.items():
             if state[what] != self.fingerprints[what]:
                 raise UserError(
                     f"{path}: was trained with {what} {state[what]}, now {self.fingerprints[what]} (a fingerprint of "
-                    f"{meaning}); start from scratch without --resume and with --set resume=false"
+                    f"{meaning}); {remedy}"
                 )
         then, now = state["recipe"], self.fingerprints["recipe"]
         for key in differing(then, now, OF_THE_TEST):
             raise UserError(
-                f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or start "
-                "from scratch without --resume and with --set resume=false"
+                f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or {remedy}"
             )
         log.info("going on from %s", path)
         parts = state["parts"]

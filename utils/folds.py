@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets import FoldData, build_fold
+from datasets import FoldData, build_fold, training_batches
 from models import build_model
 from utils import evaluation
 from utils.distributed import is_main
@@ -23,10 +23,13 @@ def evaluate_folds(
     """Evaluate each fold by `evaluate_fold(device, args, cfg, model_cfg, fold, data, stop)`, and write their mean.
 
     Raises:
-        UserError: a mistake in any fold's data, or a precision that is not possible here, before the first begins.
+        UserError: a mistake in any fold's data, too few of them for a batch, or a precision that is not possible here,
+            before the first begins.
     """
     folds = {fold: build_fold(cfg, fold, args) for fold in evaluation.folds(cfg)}
     Precision(cfg["precision"], device)
+    for part in [part for data in folds.values() for part in data.parts if not cfg["test_only"]]:
+        training_batches(cfg, len(part.train) * cfg["dataset"]["train"]["clips_per_video"])
     stop = StopSignal(evaluation.AGAIN)
     results = [evaluate_fold(device, args, cfg, model_cfg, fold, data, stop) for fold, data in folds.items()]
     if is_main() and len(results) > 1:

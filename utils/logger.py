@@ -58,6 +58,11 @@ def setup_logging(folder: Path, quiet: bool, alone: bool = True) -> None:
         log.addHandler(handler)
 
 
+def is_quiet() -> bool:
+    """Whether `setup_logging` was called with `quiet`: nothing may be written to the console."""
+    return bool(log.handlers) and not any(type(handler) is logging.StreamHandler for handler in log.handlers)
+
+
 def stage(title: str) -> None:
     """Log a line that marks the beginning of a stage of the run."""
     log.info("---- %s %s", title, "-" * (70 - len(title)))

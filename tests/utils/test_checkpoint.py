@@ -262,6 +262,18 @@ def test_a_bank_of_another_run_is_taken_for_its_own_list_alone(tmp_path):
     assert torch.equal(ours.view1_mem, theirs.view1_mem) and torch.equal(ours.view2_mem, theirs.view2_mem)
 
 
+def test_a_bank_that_does_not_say_of_which_list_it_is(tmp_path, caplog):
+    """The thesis' do not: the rows may fit, and be other videos'."""
+    bank = MemoryBank(5, 4)
+    file = checkpoint.save(tmp_path, {"train_criterion": MemoryBank(5, 4, seed=1).state_dict()})
+    cfg = {"model": {"args": {}}, "loss": {"args": {"checkpoint": str(file)}}}
+    checkpoint.start_from_others(cfg, nn.Identity(), bank, "list")
+    assert "does not say of which list of videos its bank is" in caplog.text
+    file = checkpoint.save(tmp_path, {"train_criterion": torch.zeros(3)})
+    with pytest.raises(UserError, match="holds no memory bank"):
+        checkpoint.start_from_others(cfg, nn.Identity(), bank, "list")
+
+
 def test_the_half_copy_of_a_killed_run_does_not_stay(tmp_path):
     (tmp_path / f"{checkpoint.LATEST}.copy.tmp").write_bytes(b"half")
     checkpoint.save(tmp_path, state(1))

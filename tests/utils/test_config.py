@@ -1,6 +1,7 @@
 """utils.config: what is refused, what is completed, and the thesis' files."""
 
 import inspect
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -328,6 +329,14 @@ def test_both_tests_are_on_the_same_videos_in_each_fold(file, overrides, good):
 
 def test_an_override_is_called_by_its_option_and_may_hold_a_hash(tmp_path):
     cfg = REPO / "configs/VGGSound-N1024.yaml"
+    with pytest.raises(
+        UserError, match="--set model.args.checkpoint=: the value is empty.* model.args.checkpoint=null"
+    ):
+        load_config(REPO / "configs/demo/xid.yaml", ["model.args.checkpoint="])
+    with pytest.raises(UserError, match="model.name: expected text, found 123; YAML reads it as a number.*in quotes"):
+        load_config(REPO / "configs/demo/xid.yaml", ["model.name=123"])
+    quoted = load_config(REPO / "configs/demo/xid.yaml", ['model.name="123"', "dataset.root=~/videos"])
+    assert quoted["model"]["name"] == "123" and quoted["dataset"]["root"] == os.path.expanduser("~/videos")
     with pytest.raises(UserError, match="--set-model oops: expected KEY=VALUE"):
         load_config(cfg, ["oops"], option="--set-model")
     assert load_config(cfg, ["dataset.root=/mnt/disk #2"])["dataset"]["root"] == "/mnt/disk #2"

@@ -213,11 +213,30 @@ def test_seeds_that_are_none(seed, capsys):
         (("--rank", "5", "--world-size", "1"), "--rank 5: is for several processes"),
         (("--rank", "7"), "--rank 7: is for several processes"),
         (("--dist-url", "tcp://a:1"), "--dist-url tcp://a:1: is for several processes"),
+        (("--distributed", "--dist-url", "tcp://:1234"), "--dist-url tcp://:1234: expected tcp://HOST:PORT"),
+        (("--distributed", "--dist-url", "tcp://node1"), "--dist-url tcp://node1: expected tcp://HOST:PORT"),
     ],
 )
 def test_options_that_do_not_fit(words, message):
     with pytest.raises(UserError, match=message):
         plan_processes(options(*words))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE.* found 'two'"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a"},
+            "SLURM_LOCALID.* found nothing",
+        ),
+    ],
+)
+def test_a_launcher_s_variables_that_are_no_numbers(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        plan_processes(options())
 
 
 def test_more_processes_than_gpus(monkeypatch):

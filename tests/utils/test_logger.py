@@ -69,7 +69,7 @@ def test_bad_videos_that_cannot_be_noted_end_in_a_line(tmp_path):
 def test_epochs_are_counted_from_one_in_what_is_told(tmp_path):
     bad = BadVideos(tmp_path, 0.1, 10)
     bad.record({"failures": [("a.mp4", "broken"), ("b.mp4", "broken")], "failed": 2})
-    with pytest.raises(UserError, match="2 of the 10 samples of epoch 1 could not be decoded"):
+    with pytest.raises(UserError, match="2 of the 10 samples of epoch 1 could not be read"):
         bad.collect(0)
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_counts_bad_videos_on(tmp_path):
     assert bad.collect(1) == 2
     again.load_state_dict(bad.state_dict())
     again.record({"failures": [("a.mp4", "broken")], "failed": 1})
-    with pytest.raises(UserError, match="3 of the 10 samples of epoch 2 could not be decoded"):
+    with pytest.raises(UserError, match="3 of the 10 samples of epoch 2 could not be read"):
         again.collect(1)
     assert "a.mp4,broken,2" in (tmp_path / "bad-videos.csv").read_text()
 

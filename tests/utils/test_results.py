@@ -255,12 +255,16 @@ def test_a_stored_classifier_goes_on_with_its_encoder_videos_and_recipe_alone(tm
 def test_variants_of_an_evaluation_have_folders_of_their_own():
     plain = {"checkpoint": None, "random_weights": False, "few_shot_ratio": None, "use_rest_classes": False}
 
-    def variant(seed=0, few_shot_seed=42, **options):
-        cfg = {"benchmark": {"name": "x"}, "few_shot_seed": few_shot_seed, "seed": seed}
+    def variant(seed=0, few_shot_seed=42, benchmark="x", rest_classes=None, **options):
+        cfg = {"benchmark": {"name": benchmark}, "few_shot_seed": few_shot_seed, "seed": seed}
+        cfg["dataset"] = {"rest_classes": rest_classes}
         return evaluation.variant(argparse.Namespace(**{**plain, **options}), cfg)
 
     assert variant() == "" and variant(seed=1) == "seed-1"
     assert variant(seed=2, few_shot_seed=3, few_shot_ratio=0.1) == "few-shot-0.1-seed-3_seed-2"
+    lists = [variant(use_rest_classes=True, rest_classes=file) for file in ("a/mine.txt", "b/mine.txt")]
+    assert lists[0].startswith("rest-classes-mine-") and lists[0] != lists[1]
+    assert variant(benchmark="x-random") == "pretrained" and variant(benchmark="x-random", random_weights=True) == ""
     assert variant(few_shot_ratio=1.0) == "few-shot-1" and variant(few_shot_ratio=1 / 3) == f"few-shot-{1 / 3!r}"
     assert variant(random_weights=True, use_rest_classes=True) == "random-weights_rest-classes"
     assert variant(checkpoint="a/b.pth.tar") != variant(checkpoint="b.pth.tar")
