@@ -181,11 +181,15 @@ class VideoFile:
         Raises:
             DecodeError: a requested stream is missing, or cannot be decoded in the requested interval.
             ValueError: a duration or rate is not above 0, a start is not finite, the clip is shorter than one frame or
-                sample, or the crop is not inside the frames.
+                sample, the sample rate is not whole, or the crop is not inside the frames.
         """
         _check_arguments((video_start, audio_start), (video_seconds, fps, audio_seconds, sample_rate))
         if video_seconds and fps and not round(video_seconds * fps):
             raise ValueError(f"{video_seconds} s at {fps} fps must be at least one frame")
+        if sample_rate is not None:
+            if sample_rate != int(sample_rate):
+                raise ValueError(f"sample_rate must be a whole number of Hz, found {sample_rate}")
+            sample_rate = int(sample_rate)
         ask_video = any(value is not None for value in (video_start, video_seconds, fps))
         ask_audio = any(value is not None for value in (audio_start, audio_seconds, sample_rate))
         clip = Clip(np.empty((0, 0, 0, 3), np.uint8), np.empty(0), np.empty(0, np.float32), 0)

@@ -480,12 +480,18 @@ def test_error_crosses_processes():
 
 
 BAD_ARGUMENTS = [{"fps": 0}, {"video_seconds": -1}, {"audio_start": float("nan")}, {"video_seconds": 0.1, "fps": 4}]
+BAD_ARGUMENTS += [{"sample_rate": 8000.5}]
 
 
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
 def test_arguments_are_checked(video, arguments):
     with pytest.raises(ValueError, match="must be"):
         read_clip(video, **arguments)
+
+
+def test_a_rate_may_be_a_whole_float(video):
+    clips = [read_clip(video, audio_start=0.2, audio_seconds=0.5, sample_rate=rate) for rate in (8000, 8000.0)]
+    assert np.array_equal(clips[0].waveform, clips[1].waveform) and type(clips[1].sample_rate) is int
 
 
 # Damage
