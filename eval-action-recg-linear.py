@@ -33,7 +33,7 @@ from utils.compiling import compiles
 from utils.distributed import broadcast_object, gather_objects, is_main, launch
 from utils.errors import RunFailed, UserError
 from utils.features import ClipOutputs, clip_outputs, rows_of, stored_clip_outputs
-from utils.files import check_writable
+from utils.files import make_folder
 from utils.folds import begin_fold, evaluate_folds
 from utils.frozen import FrozenEncoder
 from utils.logger import MetricsWriter, StepClock, in_words, log, stage
@@ -65,7 +65,6 @@ def evaluate_fold(
     folder, backbone, origin = begin_fold(args, cfg, model_cfg, fold, data)
     shape = {key: cfg["model"]["args"][key] for key in ("feat_names", "pooling_ops", "feat_dims")}
     extractor, precision = FeatureExtractor(backbone, **shape), Precision(cfg["precision"], device)
-    check_writable(Path(cfg["cache_dir"]), "cache_dir")
     extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     drifts = cfg["encoder_bn"] == "train"
     prepare = VideoPrep(cfg["dataset"]["color"]).to(device)
@@ -73,10 +72,12 @@ def evaluate_fold(
     encoder = FrozenEncoder(extractor, prepare, precision.autocast, device, drifts, compiled_size)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    videos = data_fingerprint(data.train, data.test, times=False)
-    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, videos, recipe)
+    videos = [data_fingerprint(data.train, data.test, times=times) for times in (False, True)]
+    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, videos[0], recipe, precision.name, videos[1])
     states = stored.load()
     failures = evaluation.Failures(args.allow_missing, states)
+    if is_main() and not drifts:
+        make_folder(Path(cfg["cache_dir"]), "cache_dir")
     evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
 
     stage("Features")

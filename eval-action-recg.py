@@ -66,8 +66,9 @@ def evaluate_fold(
     extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    videos = data_fingerprint(data.train, data.test, times=False)
-    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, videos, recipe)
+    videos = [data_fingerprint(data.train, data.test, times=times) for times in (False, True)]
+    precision = Precision(cfg["precision"], device).name
+    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, videos[0], recipe, precision, videos[1])
     states = stored.load()
     evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing, states), {}
@@ -87,7 +88,6 @@ def evaluate_fold(
         return {}
     facts = evaluation.describe(args, cfg, model_cfg, fold, "finetune")
     facts |= evaluation.describe_videos(args, cfg, data, failures)
-    precision = Precision(cfg["precision"], device).name
     facts |= {"encoder": {"weights": origin, "hash": fingerprint}, "precision": precision, "recipe": recipe}
     return finish_evaluation(folder, facts, outcome)
 

@@ -15,7 +15,7 @@ from criterions.stats import spread_and_dims
 from utils.distributed import gather, gather_with_grad, is_main, world_size
 from utils.errors import UserError
 
-HIGHEST_EXPONENT = 80.0  # exp overflows in float32 at 88.7
+HIGHEST_EXPONENT = 40.0  # float32 holds exp(88), and the square of a gradient, for its norm, of exp(44)
 
 
 def q_schedule(epoch: int, num_epochs: int, q0: float, q_max: float) -> float:
@@ -97,8 +97,8 @@ class xID(nn.Module):  # noqa: N801 (the name in the YAML)
         highest = q if num_epochs is None else max(q, q_max)
         if highest > HIGHEST_EXPONENT * temperature:
             raise UserError(
-                f"loss.args.temperature: with q up to {highest:g}, expected at least {highest / HIGHEST_EXPONENT:g}, "
-                f"found {temperature:g}: exp(q / temperature) would overflow in float32"
+                f"loss.args.temperature: {temperature:g}, with q up to {highest:g}: exp(q / temperature) and its "
+                f"gradient overflow in float32; expected q / temperature of at most {HIGHEST_EXPONENT:g}"
             )
         self.num_negatives = num_negatives
         self.momentum = momentum

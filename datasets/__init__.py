@@ -71,16 +71,20 @@ def build_videos(dataset: dict, split: str, with_sound: bool = False) -> VideoLi
     return _with_sound(videos) if with_sound else videos
 
 
-def _with_sound(videos: VideoList) -> VideoList:
+def _without_sound(videos: VideoList) -> list[int]:
+    """Return the rows of videos that have no sound by a prepared folder's manifest. UserError if none has any."""
     manifest = manifest_of(videos.root)
     if manifest is None or not manifest.without_sound:
-        return videos
-    kept = [row for row, name in enumerate(videos.names()) if name not in manifest.without_sound]
-    if not kept:
+        return []
+    silent = [row for row, name in enumerate(videos.names()) if name in manifest.without_sound]
+    if len(silent) == len(videos):
         raise UserError(f"{videos.root}: none of the {len(videos)} videos has sound (column audio of {MANIFEST})")
-    if len(kept) < len(videos):
-        log.info("left out %d videos without sound (column audio of %s)", len(videos) - len(kept), MANIFEST)
-    return videos.subset(kept)
+    return silent
+
+
+def _with_sound(videos: VideoList) -> VideoList:
+    silent = _without_sound(videos)
+    return videos.subset(sorted(set(range(len(videos))) - set(silent))) if silent else videos
 
 
 def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> DataLoader:
@@ -99,11 +103,15 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
             f"x {cfg['accumulate']} micro-batches (accumulate)"
         )
     train = data["train"]
-    videos = build_videos(data, train["split"], with_sound=not pairs)
+    videos = build_videos(data, train["split"])
     if train["return_labels"] and (videos.labels < 0).all():
         raise UserError(f"dataset.train.return_labels: {videos.root} has no labels; remove the key, or add labels")
     recipe = ClipRecipe.from_config(data, train["use_augmentation"])
-    clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, _decoded(cfg, sound=not pairs))
+    silent = [] if pairs else _without_sound(videos)  # they stay in the list, which numbers the memory bank's rows
+    if silent:
+        log.info("%d videos have no sound by %s; clips of others take their places", len(silent), MANIFEST)
+    decoded = _decoded(cfg, sound=not pairs)
+    clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, decoded, silent)
     batches = EpochBatches(
         len(clips),
         data["batch_size"],

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,9 @@ class TrainingClips(Dataset):
     """Random clips for training. Keys are (epoch, position); the sample of a key depends only on the seed.
 
     A sample is a clip and its sound or, with `pairs`, two clips of a video without sound (VICReg-Video). A video that
-    cannot be decoded is replaced by another one about half an epoch later and listed in the sample's `failures`. With
-    `decoded`, each video is decoded only once.
+    cannot be decoded is replaced by another one about half an epoch later and listed in the sample's `failures`; one of
+    the rows `without_sound`, which is known to have none, is replaced without being listed. With `decoded`, each video
+    is decoded only once.
     """
 
     def __init__(
@@ -184,9 +186,12 @@ class TrainingClips(Dataset):
         seed: int,
         pairs: bool = False,
         decoded: DecodedVideos | None = None,
+        without_sound: Sequence[int] = (),
     ) -> None:
         self.videos, self.recipe, self.pairs, self.decoded = videos, recipe, pairs, decoded
         self.clips_per_video, self.seed = clips_per_video, seed
+        self._left_out = np.zeros(len(videos), dtype=bool)
+        self._left_out[list(without_sound)] = True
         self._order = (None, None)
 
     def __len__(self) -> int:
@@ -201,9 +206,7 @@ class TrainingClips(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, position = key
         order, tried, failures = self.order(epoch), set(), []
-        for attempt in range(MAX_ATTEMPTS):
-            step = len(order) // 2 + attempt if attempt else 0
-            video = int(order[(position + step) % len(order)])
+        for attempt, video in enumerate(islice(self._candidates(order, position), MAX_ATTEMPTS)):
             if video in tried:
                 continue
             tried.add(video)
@@ -213,6 +216,14 @@ class TrainingClips(Dataset):
             except DecodeError as error:
                 failures.append((self.videos.name(video), str(error)))
         return {"failures": failures}
+
+    def _candidates(self, order: np.ndarray, position: int) -> Iterator[int]:
+        """Yield the video at a position of the order, and those from half an epoch later on."""
+        for place in range(len(order) + 1):
+            step = len(order) // 2 + place if place else 0
+            video = int(order[(position + step) % len(order)])
+            if not self._left_out[video]:
+                yield video
 
     def _load(self, video: int, rng: np.random.Generator) -> dict:
         sample = {"index": video, "label": int(self.videos.labels[video])}
@@ -288,10 +299,10 @@ def both_spans(file: VideoFile | DecodedFile) -> tuple[sampling.Span, sampling.S
     """Return the spans of a file's video and of its sound.
 
     Raises:
-        DecodeError: one of the streams is missing, or one has ended when the other begins: a clip would have neither.
+        DecodeError: one of the streams is missing, or has ended when the other begins: they are not of one scene.
     """
     video, audio = file.span("video"), file.span("audio")
-    if min(video[1], audio[1]) < max(video[0], audio[0]):
+    if min(video[1], audio[1]) <= max(video[0], audio[0]) and video[1] > video[0]:
         raise DecodeError(
             f"{file.path}: expected video and sound at the same time, found video from {video[0]:.3f} to "
             f"{video[1]:.3f} s and sound from {audio[0]:.3f} to {audio[1]:.3f} s"

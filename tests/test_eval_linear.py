@@ -221,7 +221,9 @@ def test_resume_and_test_only(cfgs, tmp_path, ucf):
     assert (written.parent / "confusion-pool.png").exists()
     assert "256 for feature pool, which has 512 values a clip" in fail(*base, "--set", "model.args.feat_dims=[256]")
     assert json.loads((written.parent / "results.json").read_text()) == tested  # a mistake costs no results
-    shutil.copytree(ucf, tmp_path / "ucf")
+    shutil.copytree(ucf, tmp_path / "ucf", copy_function=shutil.copyfile)  # with other times: the same data
+    elsewhere = (*base, "--test-only", "--set", f"dataset.root={tmp_path}/ucf")
+    assert evaluate(tmp_path, *elsewhere)["results"] == whole["results"]
     next((tmp_path / "ucf/videos").rglob("*g01_c01.mp4")).write_text("no video")
     told = fail(*base, "--set", f"dataset.root={tmp_path}/ucf")  # with the first features: a new training has begun
     assert "cannot be decoded" in told
@@ -294,7 +296,7 @@ def test_mistakes_delete_nothing(cfgs, tmp_path):
     fail(cfg, model, "--random-weights", "--set", "dataset.root=/nowhere")
     (tmp_path / "file").touch()
     told = fail(cfg, model, "--random-weights", "--set", f"cache_dir={tmp_path}/file")
-    assert f"cache_dir: {tmp_path}/file: cannot be written to: " in told
+    assert f"cache_dir: {tmp_path}/file: cannot be created: " in told
     few = ("--set", "dataset.batch_size=100", "--set", "dataset.train.drop_last=true")
     assert "dataset.batch_size: 100 exceeds the 8 clips" in fail(cfg, model, "--random-weights", *few)
     assert "--checkpoint: expected a file, found an empty name" in fail(cfg, model, "--checkpoint", "")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from criterions.memory_bank import MemoryBank
+from datasets.manifest import FILE, write_rows
 from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
 from utils.distributed import _free_port
@@ -236,6 +237,24 @@ def test_a_bad_video_is_replaced_named_and_bounded(config, videos, tmp_path):
         assert "max_bad_fraction" in error and "bad-videos.csv" in error and error.count("\n") == 1
     finally:
         bad.write_bytes(good)
+
+
+def test_videos_without_sound_do_not_count_once_a_manifest_knows_them(config, make_video, tmp_path):
+    """And the run that began before goes on: its list, which numbers the bank's rows, is the same."""
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for i in range(10):
+        make_video(folder / f"{i}.mp4", seconds=0.8, fps=16, size=(32, 32), audio_rate=None if i in (2, 6) else 16000)
+    file = config("some", dataset__root=str(folder), max_bad_fraction=0.3, optimizer__num_epochs=1)
+    run(file)
+    assert len((config.folder("some") / "bad-videos.csv").read_text().splitlines()) == 3  # a header and two
+    kinds = {f"{i}.mp4": "none" if i in (2, 6) else "sound" for i in range(10)}
+    write_rows(folder / FILE, [{"path": path, "audio": kind, "error": ""} for path, kind in kinds.items()])
+    told = run(file).stdout
+    assert "2 videos have no sound by manifest.csv; clips of others take their places" in told
+    assert "going on from" in told
+    run(config("strict", dataset__root=str(folder), max_bad_fraction=0.0))
+    assert not (config.folder("strict") / "bad-videos.csv").exists()
 
 
 @pytest.mark.parametrize(

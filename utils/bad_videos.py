@@ -62,8 +62,8 @@ class BadVideos:
         if self._in_epoch > self.most * self.samples:
             raise UserError(
                 f"{self._in_epoch} of the {self.samples} samples of epoch {epoch + 1} could not be read (damaged, or "
-                f"without sound), more than max_bad_fraction: {self.most:g} allows; see {self.file}. Remove these "
-                "videos, or prepare the folder (python3 -m datasets.prepare), or raise max_bad_fraction"
+                f"without sound), more than max_bad_fraction: {self.most:g} allows; see {self.file}. Raise it, or "
+                "prepare the folder (python3 -m datasets.prepare), which finds those without sound"
             )
         return self._in_epoch
 

@@ -93,7 +93,8 @@ def collect_concepts(folders: Iterable[str | Path]) -> list[dict]:
 class _Leaf(NamedTuple):
     """The figures of one feature on one part of one evaluation.
 
-    `method` is the method's name with its run's folder or, for random weights, the backbone.
+    `method` is the method's name with its run's folder or, for random weights, the backbone; and the list of unseen
+    classes, if it is not the thesis'.
     """
 
     of: tuple[str, str, str, str, float]
@@ -110,7 +111,8 @@ def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
     few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
     seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
     name = method_name(results)
-    method = name, results.get("backbone", "") if name == RANDOM else folder
+    lists = Path(results["recipe"].get("dataset.rest_classes") or "").name  # of two lists, each has its own lines
+    method = name, " ".join(filter(None, [results.get("backbone", "") if name == RANDOM else folder, lists]))
     leaves = []
     for part in PARTS:
         by_feature = results["results"][part]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -494,8 +495,8 @@ def _check_value(raw: dict, name: str, rule: Key, prefix: str, file: str) -> Any
     good = converted is not None and (not rule.choices or converted in rule.choices)
     if not good or (rule.check is not None and not rule.check(converted)):
         hint = nearest(value, rule.choices) if rule.choices and isinstance(value, str) else ""
-        if rule.kind is str and not rule.choices and isinstance(value, (int, float)):
-            hint = "YAML reads it as a number, true or false; put the text in quotes, as in 'KEY=\"123\"'"
+        if rule.kind is str and not rule.choices and not isinstance(value, (str, list, dict, NoneType)):
+            hint = "YAML reads it as a number, a date, true or false; put the text in quotes, as in 'KEY=\"123\"'"
         raise UserError(
             f"{file}: {prefix}{name}: expected {_describe(rule)}, found {value!r}" + (f"; {hint}" if hint else "")
         )

@@ -280,7 +280,7 @@ def plan_processes(options: argparse.Namespace) -> Processes | None:
     if nodes is not None and nodes < 1 or options.nproc is not None and options.nproc < 1:
         raise UserError(f"--world-size {nodes}, --nproc {options.nproc}: expected 1 or more")
     many = options.distributed or (nodes or 1) > 1
-    if re.fullmatch(r"tcp://(:\d*|[^:]*)", options.dist_url or ""):
+    if (options.dist_url or "").startswith("tcp://") and not re.fullmatch(r"tcp://[^/?#]+:\d+", options.dist_url):
         raise UserError(f"--dist-url {options.dist_url}: expected tcp://HOST:PORT, such as tcp://node1:29500")
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys()
     slurm = (nodes is None or not many) and _from_launcher("SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env

@@ -92,7 +92,9 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
         parts.append(f"few-shot-{ratio_text(args.few_shot_ratio)}{seed}")
     if args.use_rest_classes:
         file = cfg["dataset"]["rest_classes"]
-        parts.append("rest-classes" if file is None else f"rest-classes-{Path(file).stem}-{_digest_of(Path(file))}")
+        parts.append(
+            "rest-classes" if file is None else f"rest-classes-{Path(file).stem}-{_digest_of_list(Path(file))}"
+        )
     if cfg["seed"]:
         parts.append(f"seed-{cfg['seed']}")
     return "_".join(parts)
@@ -101,6 +103,14 @@ def variant(args: argparse.Namespace, cfg: dict) -> str:
 def _digest_of(path: Path) -> str:
     """Six hexadecimal digits that tell a file's path from that of another with the same name."""
     return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:6]
+
+
+def _digest_of_list(file: Path) -> str:
+    """Six hexadecimal digits of a list's text. UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:6]
+    except OSError as error:
+        raise UserError(f"dataset.rest_classes: {file}: cannot be read: {error}") from None
 
 
 def ratio_text(ratio: float) -> str:
@@ -235,13 +245,25 @@ class StoredClassifier:
         cfg: its configuration; `resume` and `test_only` determine how a stored classifier is used.
         encoder, data: fingerprints of the pre-trained weights and of the videos.
         recipe: the result of `recipe`.
+        precision: the number format in use, which `precision: null` leaves to the device.
+        data_with_times: the fingerprint that classifiers were stored with before copies of the data were accepted.
     """
 
-    def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cfg: dict,
+        encoder: str,
+        data: str,
+        recipe: dict,
+        precision: str = "fp32",
+        data_with_times: str | None = None,
+    ) -> None:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
         self._parts: dict[str, dict] = {}
         self._latest_damaged = False
         self.fingerprints = {"encoder": encoder, "data": data, "recipe": recipe}
+        self.precision, self.data_with_times = precision, data_with_times
 
     def load(self) -> dict[str, dict]:
         """The stored states by part, on every rank; empty if new classifiers are to be trained.
@@ -270,7 +292,9 @@ class StoredClassifier:
         self._latest_damaged = path.name == checkpoint.PREVIOUS
         remedy = "start from scratch without --resume and with --set resume=false"
         if self.cfg["test_only"]:
-            remedy = "train it without --test-only"
+            remedy = "train it without --test-only and with --set resume=false"
+        if state["data"] == self.data_with_times:
+            state["data"] = self.fingerprints["data"]
         for what, meaning in {"encoder": "its weights", "data": "the videos' names, labels and sizes"}.items():
             if state[what] != self.fingerprints[what]:
                 raise UserError(
@@ -283,6 +307,8 @@ class StoredClassifier:
                 f"{path}: was trained with {key} {then.get(key)}, now {now.get(key)}; restore that, or {remedy}"
             )
         log.info("going on from %s", path)
+        if (before := state.get("precision", self.precision)) != self.precision:
+            log.warning("it was trained in %s, now %s: figures may differ a little", before, self.precision)
         parts = state["parts"]
         missing = [part for part in self.fingerprints["recipe"]["parts"] if part not in parts]
         if self.cfg["test_only"] and missing:
@@ -293,7 +319,7 @@ class StoredClassifier:
         """Store the state of a part along with those of the others, on rank 0."""
         self._parts[part] = state
         if is_main():
-            state = {**self.fingerprints, "parts": self._parts}
+            state = {**self.fingerprints, "precision": self.precision, "parts": self._parts}
             checkpoint.save(self.folder, state, latest_damaged=self._latest_damaged)
             self._latest_damaged = False
 

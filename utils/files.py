@@ -42,15 +42,12 @@ def write_whole(file: Path, *parts: str | bytes | memoryview, errors: str = "str
         raise UserError(f"{file}: could not be written: {error}") from None
 
 
-def check_writable(folder: Path, key: str) -> None:
-    """Create a folder and try to write to it. Raises UserError, which names the configuration's `key`, if not."""
-    probe = folder / f".{secrets.token_hex(4)}.tmp"
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder unless it is there. Raises UserError, which names the configuration's `key`, if it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        raise UserError(f"{key}: {folder}: cannot be written to: {error.strerror}; set another folder") from None
+        raise UserError(f"{key}: {folder}: cannot be created: {error.strerror}; set another folder") from None
 
 
 def lock(file: TextIO, place: Path) -> None:

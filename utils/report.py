@@ -18,7 +18,8 @@ picture of queries with the retrieved sounds, and a two-dimensional map of the e
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
@@ -113,6 +114,8 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     if cfg["model"]["arch"] == "vicreg_v_wrapper":
         raise UserError(f"{args.cfg}: trains on video alone; retrieval is between video and sound")
     device = default_device()
+    if args.checkpoint == "":
+        raise UserError("--checkpoint: expected a file, found an empty name; omit it for the run's own")
     if args.checkpoint:
         state, file = checkpoint.load(args.checkpoint), args.checkpoint
     else:
@@ -127,7 +130,7 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
     else:
         stats, source = statistics_of(state, cfg)
     held_out, prepare = build_held_out(cfg, device, most=None), BatchPrep(cfg["dataset"], stats, device)
-    autocast = Precision(cfg["precision"], device).autocast
+    autocast = autocast_of(cfg, device)
     embeddings = embed(model, held_out, prepare, autocast)
     print(f"{words}, {file}\naudio statistics: {source}\n{percentages(held_out_figures(embeddings))}")
     for name, without in (controls(prepare) if args.controls else {}).items():
@@ -140,6 +143,15 @@ def report_retrieval(cfg: dict, args: argparse.Namespace) -> None:
         save_picture(figure, args.png)
     if args.map is not None:
         draw_map(embeddings, held_out.dataset.videos.classes or (), args.map)
+
+
+def autocast_of(cfg: dict, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The context of a forward pass in the configured precision, or in fp32 where this device has not got it."""
+    try:
+        return Precision(cfg["precision"], device).autocast
+    except UserError as error:
+        print(f"measured in fp32 ({error})")
+        return Precision("fp32", device).autocast
 
 
 def statistics_of(state: Mapping, cfg: dict) -> tuple[dict[str, Tensor], str]:
@@ -227,7 +239,7 @@ def measure(
     model: torch.nn.Module, cfg: dict, prepare: BatchPrep, device: torch.device
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Retrieval and nearest-neighbour figures in percent, and the held-out embeddings behind them."""
-    autocast = Precision(cfg["precision"], device).autocast
+    autocast = autocast_of(cfg, device)
     test = embed(model, build_held_out(cfg, device, most=None), prepare, autocast)
     recipe = ClipRecipe.from_config(cfg["dataset"], augment=False)
     videos = build_videos(cfg["dataset"], cfg["dataset"]["train"]["split"], with_sound=True)

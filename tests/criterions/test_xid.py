@@ -352,11 +352,12 @@ def test_a_builders_arguments_go_before_those_of_the_file():
 
 
 def test_a_temperature_at_which_the_loss_would_overflow_is_refused():
-    with pytest.raises(UserError, match=r"temperature: with q up to 1, expected at least 0.0125, found 0.01:"):
-        xID(30, 8, q=0.0, q_max=1.0, temperature=0.01, num_epochs=10)
-    xID(30, 8, q=0.0, q_max=1.0, temperature=0.01)  # q is constant
-    scores = torch.full((1, 1), 1 / 0.0125), torch.full((1, 7), 1 / 0.0125)
-    assert RINCE(1.0, 1.0)(*scores).isfinite()
+    with pytest.raises(UserError, match=r"temperature: 0.02, with q up to 1: .* of at most 40"):
+        xID(30, 8, q=0.0, q_max=1.0, temperature=0.02, num_epochs=10)
+    xID(30, 8, q=0.0, q_max=1.0, temperature=0.02)  # q is constant
+    scores = torch.full((2, 1), 40.0, requires_grad=True), torch.full((2, 1024), 40.0)
+    RINCE(1.0, 0.01)(*scores).backward()
+    assert scores[0].grad.square().sum().isfinite()
 
 
 def test_the_log_says_which_loss_it_is():

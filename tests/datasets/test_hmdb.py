@@ -41,6 +41,13 @@ def test_names_labels_and_classes(root):
     assert len(second) == 1
 
 
+def test_signs_that_break_lines_elsewhere(root):
+    names = ["x\u0085y.avi", "z\u2028w.avi", "v\x0bu.avi"]
+    (root / "splits/brush_hair_test_split1.txt").write_text("".join(f"{name} 2 \r\n" for name in names), newline="")
+    test = build_videos(dataset(root), "test-split1")
+    assert set(test.names()) >= {f"videos/brush_hair/{name}" for name in names}
+
+
 def test_a_video_that_is_listed_twice_counts_once(root, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("avssrl"), "propagate", True)
     with (root / "splits/brush_hair_test_split1.txt").open("a") as file:

@@ -86,6 +86,7 @@ def test_a_prepared_folder_works_as_the_raw_one(raw, tmp_path, monkeypatch, caps
     videos = build_videos(dataset(out), "train")
     assert [videos.name(i) for i in range(len(videos))] == sorted(CLIPS[:3])  # without the bad one
     heard = build_videos(dataset(out), "train", with_sound=True)
+    assert build_videos(dataset(out), "train").names() == sorted(CLIPS[:3])
     assert heard.names() == sorted(set(CLIPS[:3]) - {CLIPS[0]}) and len(heard.labels) == 2  # a raw folder tells nothing
     assert len(build_videos(dataset(raw), "train", with_sound=True)) == 4
     (raw / "train/bad_000009.mp4").unlink()

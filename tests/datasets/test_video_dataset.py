@@ -86,6 +86,17 @@ def test_a_list_keeps_names_labels_and_its_fingerprint(tmp_path):
     assert videos._names.is_shared()
 
 
+def test_videos_known_to_have_no_sound_are_replaced_and_do_not_count(videos):
+    """They keep their place in the list, so that a run from before they were known goes on. Number 5 is silent."""
+    whole = VideoList(videos.root, [name for name in videos.names() if name != videos.name(4)])
+    unknown, known = (TrainingClips(whole, RECIPE, 2, seed=0, without_sound=rows) for rows in ((), (4,)))
+    samples = [(unknown[0, i], known[0, i]) for i in range(len(unknown))]
+    assert sum(len(before["failures"]) for before, _ in samples) >= 2
+    for before, now in samples:
+        assert not now["failures"] and now["index"] != 4 and now["index"] == before["index"]
+    assert TrainingClips(whole, RECIPE, 2, seed=0, without_sound=[0, 1, 2, 4])[0, 0]["index"] == 3
+
+
 @pytest.mark.parametrize("decoded", [False, True])
 def test_sound_that_begins_when_the_video_has_ended_is_no_sound_of_it(tmp_path, make_video, decoded):
     make_video(tmp_path / "apart.mkv", seconds=1.0, audio_start=3.0, audio_seconds=2.0)

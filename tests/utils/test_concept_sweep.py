@@ -118,6 +118,16 @@ def test_checkpoints_and_random_backbones_are_methods_of_their_own(tmp_path):
     }
 
 
+def test_another_list_of_unseen_classes_is_a_line_of_its_own(tmp_path):
+    write_result(tmp_path, top1=40.0)
+    (row,) = [row for row in concepts.collect_concepts([tmp_path]) if row["part"] == "unseen"]
+    assert row["method"] == "xid"
+    write_result(tmp_path, variant="rest-classes-mine-0b1c2d", top1=80.0, **{"dataset.rest_classes": "x/mine.txt"})
+    rows = [row for row in concepts.collect_concepts([tmp_path]) if row["part"] == "unseen"]
+    assert sorted(row["Video@1 mean"] for row in rows) == [40.0, 80.0]
+    assert any(row["method"].endswith("mine.txt)") for row in rows)
+
+
 def test_runs_of_one_name_are_methods_of_their_own(tmp_path):
     for place, top1 in (("a", 40.0), ("b", 60.0)):
         write_result(tmp_path / place, top1=top1)

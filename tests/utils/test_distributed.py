@@ -214,6 +214,7 @@ def test_seeds_that_are_none(seed, capsys):
         (("--rank", "7"), "--rank 7: is for several processes"),
         (("--dist-url", "tcp://a:1"), "--dist-url tcp://a:1: is for several processes"),
         (("--distributed", "--dist-url", "tcp://:1234"), "--dist-url tcp://:1234: expected tcp://HOST:PORT"),
+        (("--distributed", "--dist-url", "tcp://:1?x"), "--dist-url tcp://:1.x: expected tcp://HOST:PORT"),
         (("--distributed", "--dist-url", "tcp://node1"), "--dist-url tcp://node1: expected tcp://HOST:PORT"),
     ],
 )

@@ -246,6 +246,7 @@ def test_quiet_ranks_warn_in_the_file_alone(tmp_path, monkeypatch, capfd):
     try:
         for quiet in (True, False):
             logger.setup_logging(tmp_path, quiet)
+            assert logger.is_quiet() is quiet
             log.warning("of the %s", "quiet" if quiet else "loud")
     finally:
         for handler in list(log.handlers):

@@ -170,6 +170,8 @@ def test_retrieval_in_the_precision_of_the_run(trained, monkeypatch):
     monkeypatch.setattr(report, "embed", spied)
     show(monkeypatch, "retrieval", trained[1])
     show(monkeypatch, "retrieval", trained[1], "--set", "precision=bf16")
+    with pytest.raises(UserError, match="--checkpoint: expected a file, found an empty name"):
+        show(monkeypatch, "retrieval", trained[1], "--checkpoint", "")
     assert set(dtypes[: len(dtypes) // 2]) == {torch.float32} and set(dtypes[len(dtypes) // 2 :]) == {torch.bfloat16}
 
 

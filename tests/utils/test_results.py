@@ -237,7 +237,7 @@ def test_a_training_video_is_the_mean_of_its_views():
     assert found["kNN@1"] == found["R@1"] == 100
 
 
-def test_a_stored_classifier_goes_on_with_its_encoder_videos_and_recipe_alone(tmp_path):
+def test_a_stored_classifier_goes_on_with_its_encoder_videos_and_recipe_alone(tmp_path, caplog):
     made = {"encoder": "a", "data": "b", "recipe": {"parts": ["all"], "seed": 0}}
     stored = evaluation.StoredClassifier(tmp_path, {"resume": True, "test_only": False}, **made)
     assert stored.load() == {}
@@ -250,9 +250,14 @@ def test_a_stored_classifier_goes_on_with_its_encoder_videos_and_recipe_alone(tm
     ):
         with pytest.raises(UserError, match=told):
             evaluation.StoredClassifier(tmp_path, stored.cfg, **{**made, **change}).load()
+    older = {**made, "data": "without times", "data_with_times": "b"}
+    with caplog.at_level("WARNING", logger="avssrl"):
+        assert evaluation.StoredClassifier(tmp_path, stored.cfg, **older).load() and not caplog.text
+        evaluation.StoredClassifier(tmp_path, stored.cfg, **made, precision="bf16").load()
+    assert "it was trained in fp32, now bf16" in caplog.text
 
 
-def test_variants_of_an_evaluation_have_folders_of_their_own():
+def test_variants_of_an_evaluation_have_folders_of_their_own(tmp_path):
     plain = {"checkpoint": None, "random_weights": False, "few_shot_ratio": None, "use_rest_classes": False}
 
     def variant(seed=0, few_shot_seed=42, benchmark="x", rest_classes=None, **options):
@@ -262,8 +267,12 @@ def test_variants_of_an_evaluation_have_folders_of_their_own():
 
     assert variant() == "" and variant(seed=1) == "seed-1"
     assert variant(seed=2, few_shot_seed=3, few_shot_ratio=0.1) == "few-shot-0.1-seed-3_seed-2"
-    lists = [variant(use_rest_classes=True, rest_classes=file) for file in ("a/mine.txt", "b/mine.txt")]
-    assert lists[0].startswith("rest-classes-mine-") and lists[0] != lists[1]
+    lists = [tmp_path / f"{folder}/mine.txt" for folder in "abc"]
+    for file, text in zip(lists, ("x\n", "y\n", "x\n"), strict=True):
+        file.parent.mkdir()
+        file.write_text(text)
+    lists = [variant(use_rest_classes=True, rest_classes=str(file)) for file in lists]
+    assert lists[0].startswith("rest-classes-mine-") and lists[0] != lists[1] and lists[0] == lists[2]
     assert variant(benchmark="x-random") == "pretrained" and variant(benchmark="x-random", random_weights=True) == ""
     assert variant(few_shot_ratio=1.0) == "few-shot-1" and variant(few_shot_ratio=1 / 3) == f"few-shot-{1 / 3!r}"
     assert variant(random_weights=True, use_rest_classes=True) == "random-weights_rest-classes"
