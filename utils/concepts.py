@@ -111,8 +111,8 @@ def _leaves_of(results: Mapping, folder: str) -> list[_Leaf]:
     few_shot = results["few_shot"] or {"ratio": 1.0, "seed": None}
     seed = few_shot["seed"] if few_shot["ratio"] < 1 else None, results["recipe"]["seed"]
     name = method_name(results)
-    lists = Path(results["recipe"].get("dataset.rest_classes") or "").name  # of two lists, each has its own lines
-    method = name, " ".join(filter(None, [results.get("backbone", "") if name == RANDOM else folder, lists]))
+    unseen_list = Path(results["recipe"].get("dataset.rest_classes") or "").name  # results of two lists have two lines
+    method = name, " ".join(filter(None, [results.get("backbone", "") if name == RANDOM else folder, unseen_list]))
     leaves = []
     for part in PARTS:
         by_feature = results["results"][part]
