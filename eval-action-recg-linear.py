@@ -72,9 +72,8 @@ def evaluate_fold(
     encoder = FrozenEncoder(extractor, prepare, precision.autocast, device, drifts, compiled_size)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    videos, videos_with_times = (data_fingerprint(data.train, data.test, times=times) for times in (False, True))
-    made_from = encoder.hash, videos, recipe, precision.name, videos_with_times
-    stored = evaluation.StoredClassifier(folder, cfg, *made_from)
+    videos = data_fingerprint(data.train, data.test, times=False)
+    stored = evaluation.StoredClassifier(folder, cfg, encoder.hash, videos, recipe, precision.name)
     states = stored.load()
     failures = evaluation.Failures(args.allow_missing, states)
     if is_main() and not drifts:

@@ -66,10 +66,9 @@ def evaluate_fold(
     extractor.check(ClipRecipe.from_config(cfg["dataset"], augment=False).clip_shape)
     parts = {part.name: list(part.classes) for part in data.parts}
     recipe = evaluation.recipe(cfg, few_shot_ratio=args.few_shot_ratio, parts=parts)
-    videos, videos_with_times = (data_fingerprint(data.train, data.test, times=times) for times in (False, True))
+    videos = data_fingerprint(data.train, data.test, times=False)
     precision = Precision(cfg["precision"], device).name
-    made_from = fingerprint, videos, recipe, precision, videos_with_times
-    stored = evaluation.StoredClassifier(folder, cfg, *made_from)
+    stored = evaluation.StoredClassifier(folder, cfg, fingerprint, videos, recipe, precision)
     states = stored.load()
     evaluation.begin_training(args, cfg, model_cfg, fold, anew=not states)
     failures, outcome = evaluation.Failures(args.allow_missing, states), {}

@@ -246,7 +246,6 @@ class StoredClassifier:
         encoder, data: fingerprints of the pre-trained weights and of the videos.
         recipe: the result of `recipe`.
         precision: the number format in use, which `precision: null` leaves to the device.
-        data_with_times: the fingerprint that classifiers were stored with before copies of the data were accepted.
     """
 
     def __init__(
@@ -257,13 +256,12 @@ class StoredClassifier:
         data: str,
         recipe: dict,
         precision: str = "fp32",
-        data_with_times: str | None = None,
     ) -> None:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
         self._parts: dict[str, dict] = {}
         self._latest_damaged = False
         self.fingerprints = {"encoder": encoder, "data": data, "recipe": recipe}
-        self.precision, self.data_with_times = precision, data_with_times
+        self.precision = precision
 
     def load(self) -> dict[str, dict]:
         """The stored states by part, on every rank; empty if new classifiers are to be trained.
@@ -293,8 +291,6 @@ class StoredClassifier:
         remedy = "start from scratch without --resume and with --set resume=false"
         if self.cfg["test_only"]:
             remedy = "train it without --test-only and with --set resume=false"
-        if state["data"] == self.data_with_times:
-            state["data"] = self.fingerprints["data"]
         for what, meaning in {"encoder": "its weights", "data": "the videos' names, labels and sizes"}.items():
             if state[what] != self.fingerprints[what]:
                 raise UserError(
