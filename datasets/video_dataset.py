@@ -175,7 +175,7 @@ class TrainingClips(Dataset):
     A sample is a clip and its sound or, with `pairs`, two clips of a video without sound (VICReg-Video). A video that
     cannot be decoded is replaced by another one about half an epoch later and listed in the sample's `failures`; one of
     the rows `without_sound`, which is known to have none, is replaced without being listed. With `decoded`, each video
-    is decoded only once.
+    is decoded only once. From epoch `plain_from` on (the first is 0), nothing is augmented: frames are as in a test.
     """
 
     def __init__(
@@ -187,9 +187,10 @@ class TrainingClips(Dataset):
         pairs: bool = False,
         decoded: DecodedVideos | None = None,
         without_sound: Sequence[int] = (),
+        plain_from: int | None = None,
     ) -> None:
         self.videos, self.recipe, self.pairs, self.decoded = videos, recipe, pairs, decoded
-        self.clips_per_video, self.seed = clips_per_video, seed
+        self.clips_per_video, self.seed, self.plain_from = clips_per_video, seed, plain_from
         self._left_out = np.zeros(len(videos), dtype=bool)
         self._left_out[list(without_sound)] = True
         self._order = (None, None)
@@ -206,13 +207,14 @@ class TrainingClips(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, position = key
         order, tried, failures = self.order(epoch), set(), []
+        augment = self.recipe.augment and (self.plain_from is None or epoch < self.plain_from)
         for attempt, video in enumerate(islice(self._candidates(order, position), MAX_ATTEMPTS)):
             if video in tried:
                 continue
             tried.add(video)
             rng = np.random.default_rng((self.seed, epoch, position, attempt))
             try:
-                return self._load(video, rng) | {"failures": failures}
+                return self._load(video, rng, augment) | {"failures": failures}
             except DecodeError as error:
                 failures.append((self.videos.name(video), str(error)))
         return {"failures": failures}
@@ -225,7 +227,7 @@ class TrainingClips(Dataset):
             if not self._left_out[video]:
                 yield video
 
-    def _load(self, video: int, rng: np.random.Generator) -> dict:
+    def _load(self, video: int, rng: np.random.Generator, augment: bool) -> dict:
         sample = {"index": video, "label": int(self.videos.labels[video])}
         with open_video(self.videos, video, self.decoded) as file:
             if self.pairs:
@@ -233,27 +235,27 @@ class TrainingClips(Dataset):
                 for name, start in zip(
                     ("", "_2"), sampling.two_apart(span, self.recipe.video_seconds, rng), strict=True
                 ):
-                    sample["frames" + name], sample["video_aug" + name] = self._frames(file, start, rng)
+                    sample["frames" + name], sample["video_aug" + name] = self._frames(file, start, rng, augment)
             else:
                 lengths = self.recipe.video_seconds, self.recipe.audio_seconds
                 starts = sampling.audio_visual(*both_spans(file), *lengths, rng)
                 # sound first: it mostly begins earlier, and only an unread file is still at its first packet
                 sample["waveform"] = read_waveform(file, starts[1], self.recipe)
-                sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng)
-                sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng)
+                sample["frames"], sample["video_aug"] = self._frames(file, starts[0], rng, augment)
+                sample["gain"], sample["mel_mask"], sample["time_mask"] = self._audio_augmentation(rng, augment)
         return sample
 
     def _frames(
-        self, file: VideoFile | DecodedFile, start: float, rng: np.random.Generator
+        self, file: VideoFile | DecodedFile, start: float, rng: np.random.Generator, augment: bool
     ) -> tuple[torch.Tensor, np.ndarray]:
-        if not self.recipe.augment:
+        if not augment:
             return read_frames(file, start, self.recipe), no_video_augmentation()
         frames = read_frames(file, start, self.recipe, rng)
         return frames, draw_video_augmentation(list(self.recipe.color), rng)
 
-    def _audio_augmentation(self, rng: np.random.Generator) -> tuple[np.float32, np.ndarray, np.ndarray]:
+    def _audio_augmentation(self, rng: np.random.Generator, augment: bool) -> tuple[np.float32, np.ndarray, np.ndarray]:
         mels, times = self.recipe.spec_params["n_mels"], self.recipe.num_spectrogram_frames
-        if not self.recipe.augment:
+        if not augment:
             return np.float32(1), np.zeros(mels, dtype=bool), np.zeros(times, dtype=bool)
         return draw_audio_augmentation(mels, times, self.recipe.tfmask_params, rng)
 

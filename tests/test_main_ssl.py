@@ -71,6 +71,24 @@ def test_a_run_writes_what_it_promises(config):
     assert "no checkpoint to measure" in run(config("none"), "--set", "test_only=true", status=2).stderr
 
 
+def test_the_last_epochs_are_without_augmentation(config):
+    trains = {
+        "never": {"use_augmentation": False},
+        "always": {},
+        "plain1": {"plain_epochs": 1},
+        "plain2": {"plain_epochs": 2},
+    }
+    first, last = {}, {}
+    for name, train in trains.items():
+        run(config(name, **{f"dataset__train__{key}": value for key, value in train.items()}))
+        first[name] = checkpoint.load(config.folder(name) / "checkpoint-ep1.pth.tar")
+        last[name] = final(config.folder(name))
+    assert differences(first["plain1"], first["always"], ("model",)) == []
+    assert differences(last["plain2"], last["never"], ("model",)) == []
+    for name in ("always", "never"):
+        assert differences(last["plain1"], last[name], ("model",)) != []
+
+
 def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
     run(config("whole", save_every_minutes=EVERY_STEP))
     whole = final(config.folder("whole"))

@@ -122,7 +122,7 @@ DATASET = {
     "color": _numbers(  # brightness, contrast, saturation, hue
         [0.4, 0.4, 0.4, 0.2], lambda v: min(v) >= 0 and v[3] <= 0.5, "0 or above, the last at most 0.5"
     ),
-    "train": SPLIT,
+    "train": {**SPLIT, "plain_epochs": _at_least_0(int, 0)},  # the last N epochs without augmentation
     "test": {**SPLIT, "use_augmentation": _flag(False), "drop_last": _flag(False), "split": _text("test")},
     "list": _text(None, nullable=True),  # vggsound, train_subset: a file of names
     "labels": _text(None, nullable=True),  # folder: a CSV file, relative to the root
@@ -350,6 +350,8 @@ def load_config(
     _check_sizes(cfg["dataset"], str(path))
     if found == "evaluation":
         _check_heeded(cfg, str(path))
+    else:
+        _check_plain_epochs(cfg, str(path))
     return cfg
 
 
@@ -381,6 +383,21 @@ def _check_heeded(cfg: Mapping, file: str) -> None:
         raise UserError(
             f"{file}: dataset.test_dense.split: {dataset['test_dense']['split']}, but both tests use the videos of "
             f"dataset.test.split, {dataset['test']['split']}"
+        )
+
+
+def _check_plain_epochs(cfg: Mapping, file: str) -> None:
+    """Reject more epochs without augmentation than there are, and any where there is none in the others."""
+    train, num_epochs = cfg["dataset"]["train"], cfg["optimizer"]["num_epochs"]
+    if train["plain_epochs"] > num_epochs:
+        raise UserError(
+            f"{file}: dataset.train.plain_epochs: {train['plain_epochs']} of {num_epochs} epochs cannot be without "
+            "augmentation; lower it, or raise optimizer.num_epochs"
+        )
+    if train["plain_epochs"] and not train["use_augmentation"]:
+        raise UserError(
+            f"{file}: dataset.train.plain_epochs: {train['plain_epochs']} has no effect with use_augmentation: false; "
+            "remove one of the two"
         )
 
 

@@ -244,6 +244,16 @@ def test_each_clip_of_a_pair_is_augmented_in_its_own_way(videos, monkeypatch):
         assert len({np.asarray(sample[key]).tobytes() for sample in samples for key in (name, name + "_2")}) == 16, name
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_from_an_epoch_on_samples_are_as_without_augmentation(videos, pairs):
+    ends, always, never = (
+        TrainingClips(good(videos), replace(RECIPE, augment=augment), 2, seed=0, pairs=pairs, plain_from=plain_from)
+        for augment, plain_from in ((True, 3), (True, None), (False, None))
+    )
+    for epoch, like, unlike in ((0, always, never), (2, always, never), (3, never, always), (4, never, always)):
+        assert same(ends[epoch, 1], like[epoch, 1]) and not same(ends[epoch, 1], unlike[epoch, 1])
+
+
 def test_pairs_lie_elsewhere_in_each_sample(sound_in_the_middle):
     clips = TrainingClips(sound_in_the_middle, replace(RECIPE, augment=False), 8, seed=0, pairs=True)
     samples = [clips[0, position] for position in range(8)]

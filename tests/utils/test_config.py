@@ -212,6 +212,7 @@ def test_the_reference_tells_of_every_key_and_its_default():
         ("optimizer.betas=[0.9, 1]", ["optimizer.betas", "from 0 to below 1"]),
         ("dataset.video_fps=0.1", ["dataset.video_fps", "0.1 frames", "at least one"]),
         ("dataset.frame_size=200", ["dataset.frame_size", "224", "200"]),
+        ("dataset.train.plain_epochs=101", ["dataset.train.plain_epochs", "101 of 100 epochs", "optimizer.num_epochs"]),
         ("dataset.spec_params.hop_length=600", ["spec_params.hop_length", "600", "512"]),
         ("dataset.spec_params.n_fft=40000", ["spec_params.n_fft", "40000", "32000"]),
         ("dataset.video_fps=.inf", ["dataset.video_fps", "a number"]),
@@ -229,6 +230,13 @@ def test_bad_values_are_named(override, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_epochs_without_augmentation_need_others_with_it():
+    for augments, plain in ((True, 0), (True, 100), (False, 0)):
+        load_config(THESIS, [f"dataset.train.use_augmentation={augments}", f"dataset.train.plain_epochs={plain}"])
+    with pytest.raises(UserError, match="plain_epochs: 1 has no effect with use_augmentation: false; remove one"):
+        load_config(THESIS, ["dataset.train.use_augmentation=false", "dataset.train.plain_epochs=1"])
 
 
 @pytest.mark.parametrize(("file", "kind"), [("ucf/8at16-linear", "pre-training"), ("demo/xid", "evaluation")])
