@@ -111,8 +111,9 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     if silent:
         log.info("%d videos have no sound by %s; clips of others take their places", len(silent), MANIFEST)
     decoded = _decoded(cfg, sound=not pairs)
-    plain_from = cfg["optimizer"]["num_epochs"] - train["plain_epochs"]
+    plain_from = None
     if train["plain_epochs"]:
+        plain_from = cfg["optimizer"]["num_epochs"] - train["plain_epochs"]
         log.info("no augmentation after epoch %d", plain_from)
     clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, decoded, silent, plain_from)
     batches = EpochBatches(

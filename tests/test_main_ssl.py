@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from criterions.memory_bank import MemoryBank
+from datasets import build_training
 from datasets.manifest import FILE, write_rows
+from datasets.preprocessing import no_video_augmentation
 from tests.tiny import EVERY_STEP, TORCHRUN, Started, differences, run, wait_until, write_config
 from utils import checkpoint
+from utils.config import load_config
 from utils.distributed import _free_port
 
 
@@ -87,6 +90,11 @@ def test_the_last_epochs_are_without_augmentation(config):
     assert differences(last["plain2"], last["never"], ("model",)) == []
     for name in ("always", "never"):
         assert differences(last["plain1"], last[name], ("model",)) != []
+
+
+def test_without_such_epochs_a_benchmark_that_runs_longer_stays_augmented(config):
+    clips = build_training(load_config(config()), torch.device("cpu")).dataset
+    assert (clips[1000, 0]["video_aug"] != no_video_augmentation()).any()
 
 
 def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
