@@ -248,15 +248,7 @@ class StoredClassifier:
         precision: the number format in use, which `precision: null` leaves to the device.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        cfg: dict,
-        encoder: str,
-        data: str,
-        recipe: dict,
-        precision: str = "fp32",
-    ) -> None:
+    def __init__(self, folder: Path, cfg: dict, encoder: str, data: str, recipe: dict, precision: str = "fp32") -> None:
         self.folder, self.cfg, self.file = folder, cfg, folder / checkpoint.LATEST
         self._parts: dict[str, dict] = {}
         self._latest_damaged = False
