@@ -3,10 +3,11 @@
 #
 #     tests/on_gpu.sh OUT SECONDS [PART ...]
 #
-# Parts, the most wanted first, which is the order without a name:
+# Parts, the most wanted first, which is the order without a name (`leads` needs its name):
 #     smoke      the quick GPU tests, among them CUDA graphs, SyncBN and staging
 #     step       the training step's table
 #     learn      VICReg and xID on the clips in data/grid-s1, 40 epochs side by side; a second call goes on with them
+#     leads      xID there in three other forms, likewise: what was not yet tried at that size
 #     training   loader and step together, on the same clips, decoded once and as they come
 #     inference  the evaluation's table
 #     tests      all GPU tests
@@ -52,17 +53,28 @@ step() {
 
 learn() {
     local limit=$((end - SECONDS - 60))
-    train vicreg main-vicreg.py &
-    train xid main-ssl.py &
+    train vicreg main-vicreg.py vicreg &
+    train xid main-ssl.py xid &
     wait
     part curves 30 -m utils.report curves configs/grid/vicreg.yaml configs/grid/xid.yaml --out "$out/curves.png"
     for run in vicreg xid; do cp "checkpoints/grid/$run/metrics.jsonl" "$out/$run-metrics.jsonl"; done
 }
 
-train() {  # NAME SCRIPT: a run on GRID; once more, not compiled, should it fail: minutes are few
-    local how="--set test_freq=20 --set num_workers=8"  # to save takes seconds: seldom
-    part "$1" $limit "$2" "configs/grid/$1.yaml" $how
-    [ $? = 1 ] && part "$1" $limit "$2" "configs/grid/$1.yaml" $how --set compile=false
+leads() {
+    local limit=$((end - SECONDS - 30)) plain="--set dataset.train.plain_epochs=10"
+    train xid-seed1 main-ssl.py xid --seed 1 &
+    train xid-depth10 main-ssl.py xid $plain --set model.args.video_backbone_args.depth=10 &
+    train xid-bank main-ssl.py xid $plain --set model.args.proj_norm=bn --set loss.args.live_targets=false \
+        --set loss.args.num_negatives=1024 &
+    wait
+    for run in xid-seed1 xid-depth10 xid-bank; do cp "checkpoints/grid/$run/metrics.jsonl" "$out/$run-metrics.jsonl"; done
+}
+
+train() {  # NAME SCRIPT CFG [OPTION ...]: a run on GRID; once more, not compiled, should it fail: minutes are few
+    local name=$1 run="$2 configs/grid/$3.yaml --set model.name=$1 --set num_workers=8 --set test_freq=20"
+    shift 3  # test_freq=20: saving takes seconds
+    part "$name" $limit $run "$@"
+    [ $? = 1 ] && part "$name" $limit $run "$@" --set compile=false
 }
 
 training() {
