@@ -31,6 +31,7 @@ from utils.errors import UserError
 
 log = logging.getLogger("avssrl")
 
+SCALE_TOLERANCE = 0.05  # of a frame's side, between training crops and held-out ones
 MONITOR_VIDEOS = 200  # maximum number of held-out videos for monitoring during pre-training
 
 LISTS: dict[str, Callable[[dict, str], VideoList]] = {
@@ -111,10 +112,7 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     if silent:
         log.info("%d videos have no sound by %s; clips of others take their places", len(silent), MANIFEST)
     decoded = _decoded(cfg, sound=not pairs)
-    plain_from = None
-    if train["plain_epochs"]:
-        plain_from = cfg["optimizer"]["num_epochs"] - train["plain_epochs"]
-        log.info("no augmentation after epoch %d", plain_from)
+    plain_from = _plain_from(cfg, recipe)
     clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, decoded, silent, plain_from)
     batches = EpochBatches(
         len(clips),
@@ -133,6 +131,27 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     return make_loader(
         clips, _workers(cfg), device, _staged(device, batches.micro_batch_size * sample_bytes), batch_sampler=batches
     )
+
+
+def _plain_from(cfg: dict, recipe: ClipRecipe) -> int | None:
+    """Return the first epoch without augmentation, or None. Warns if there is none and held-out crops fit it badly.
+
+    A network that saw everything larger or smaller in training finds less (Touvron et al., *Fixing the train-test
+    resolution discrepancy*, NeurIPS 2019).
+    """
+    plain_epochs = cfg["dataset"]["train"]["plain_epochs"]
+    if plain_epochs:
+        log.info("no augmentation after epoch %d", cfg["optimizer"]["num_epochs"] - plain_epochs)
+        return cfg["optimizer"]["num_epochs"] - plain_epochs
+    if cfg["monitor_every"] and abs(recipe.test_scale - recipe.mean_scale) > SCALE_TOLERANCE:
+        log.warning(
+            "held-out crops are %.0f%% of a frame's side (crop_size / frame_size), training crops %.0f%% on average "
+            "(min_area): held-out figures may come out too low; dataset.frame_size=%d would fit",
+            100 * recipe.test_scale,
+            100 * recipe.mean_scale,
+            round(recipe.crop_size / recipe.mean_scale),
+        )
+    return None
 
 
 def build_held_out(

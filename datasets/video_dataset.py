@@ -148,6 +148,19 @@ class ClipRecipe:
         return self.num_frames, self.crop_size, self.crop_size, 3
 
     @property
+    def test_scale(self) -> float:
+        """Side of a centre crop, as a share of the frame's."""
+        return self.crop_size / self.frame_size
+
+    @property
+    def mean_scale(self) -> float:
+        """Side of a training crop, as a share of the frame's: the mean over the areas that are drawn."""
+        if not self.augment or self.transforms != "msc+color":
+            return self.test_scale
+        low, high = self.area
+        return 2 / 3 * (high**1.5 - low**1.5) / (high - low) if low < high else high**0.5
+
+    @property
     def num_bytes(self) -> int:
         """The most that a clip and its sound take in a batch, in bytes."""
         size = math.prod(self.clip_shape) + 4096  # index, label, augmentation, alignment

@@ -97,6 +97,26 @@ def test_without_such_epochs_a_benchmark_that_runs_longer_stays_augmented(config
     assert (clips[1000, 0]["video_aug"] != no_video_augmentation()).any()
 
 
+def test_held_out_crops_that_are_unlike_those_of_training_are_noticed(config, caplog):
+    fits = {"dataset__frame_size": 35, "dataset__min_area": 0.7, "monitor_every": 1}  # 0.91 of a side, and 0.92
+    unlike = fits | {"dataset__frame_size": 40}
+
+    def warnings(**changes):
+        caplog.clear()
+        build_training(load_config(config(**changes)), torch.device("cpu"))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    [told] = warnings(**unlike)
+    assert "80% of a frame's side" in told and "92% on average" in told and "dataset.frame_size=35 would fit" in told
+    for changes in (
+        fits,
+        unlike | {"monitor_every": 0},
+        unlike | {"dataset__train__plain_epochs": 1},
+        unlike | {"dataset__train__use_augmentation": False},
+    ):
+        assert warnings(**changes) == []
+
+
 def test_killed_at_any_step_and_restarted_it_ends_in_the_same_bits(config):
     run(config("whole", save_every_minutes=EVERY_STEP))
     whole = final(config.folder("whole"))

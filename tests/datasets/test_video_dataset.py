@@ -155,6 +155,16 @@ def test_a_plain_random_crop_lies_anywhere():
     assert corners == {(top, left) for top in range(5) for left in range(5)}
 
 
+def test_the_mean_scale_is_that_of_the_crops_that_are_drawn():
+    rng = np.random.default_rng(0)
+    for area in ((0.5, 1.0), (0.75, 1.0), (0.08, 1.0), (0.5, 0.5)):
+        recipe = replace(RECIPE, area=area, aspect=(1.0, 1.0))
+        sides = [sampling.random_resized_crop(1000, 1000, area, recipe.aspect, rng)[2] for _ in range(4000)]
+        assert recipe.mean_scale == pytest.approx(np.mean(sides) / 1000, abs=0.01), area
+    for recipe in (replace(RECIPE, augment=False), replace(RECIPE, transforms="crop+color")):
+        assert recipe.mean_scale == recipe.test_scale == 32 / 36
+
+
 @pytest.mark.parametrize("resize", ["bilinear", "nearest"])
 def test_a_random_crop_is_resized_as_asked_when_only_the_crop_is_read(videos, resize):
     recipe = replace(RECIPE, resize=resize, crop_size=16)

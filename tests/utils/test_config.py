@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from criterions import CRITERIONS
+from datasets import SCALE_TOLERANCE
+from datasets.video_dataset import ClipRecipe
 from utils.config import EVALUATION, LOSS_ARGS, PRETRAINING, REQUIRED, Key, Switch, flatten, load_config
 from utils.errors import UserError
 
@@ -39,6 +41,17 @@ def test_thesis_file_keeps_its_meaning():
 @pytest.mark.parametrize("file", sorted((REPO / "configs").glob("**/*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_file_loads(file):
     load_config(file)
+
+
+def test_runs_that_we_watch_are_measured_on_crops_like_those_of_their_training():
+    watched = 0
+    for file in (REPO / "configs").glob("**/*.yaml"):
+        cfg = load_config(file)
+        if cfg.get("monitor_every"):
+            recipe = ClipRecipe.from_config(cfg["dataset"], augment=not cfg["dataset"]["train"]["plain_epochs"])
+            assert abs(recipe.test_scale - recipe.mean_scale) < SCALE_TOLERANCE, file
+            watched += 1
+    assert watched >= 7
 
 
 def schedule(rate, decay, epochs, gamma, milestones):
