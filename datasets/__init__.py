@@ -112,7 +112,9 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     if silent:
         log.info("%d videos have no sound by %s; clips of others take their places", len(silent), MANIFEST)
     decoded = _decoded(cfg, sound=not pairs)
-    plain_from = _plain_from(cfg, recipe)
+    plain_from = _plain_from(cfg)
+    if plain_from is None and cfg["monitor_every"]:
+        _compare_scales(recipe)
     clips = TrainingClips(videos, recipe, train["clips_per_video"], cfg["seed"], pairs, decoded, silent, plain_from)
     batches = EpochBatches(
         len(clips),
@@ -133,17 +135,23 @@ def build_training(cfg: dict, device: torch.device, pairs: bool = False) -> Data
     )
 
 
-def _plain_from(cfg: dict, recipe: ClipRecipe) -> int | None:
-    """Return the first epoch without augmentation, or None. Warns if there is none and held-out crops fit it badly.
+def _plain_from(cfg: dict) -> int | None:
+    """Return the first epoch without augmentation, or None."""
+    plain_epochs = cfg["dataset"]["train"]["plain_epochs"]
+    if not plain_epochs:
+        return None
+    plain_from = cfg["optimizer"]["num_epochs"] - plain_epochs
+    log.info("no augmentation after epoch %d", plain_from)
+    return plain_from
 
-    A network that saw everything larger or smaller in training finds less (Touvron et al., *Fixing the train-test
+
+def _compare_scales(recipe: ClipRecipe) -> None:
+    """Warn if held-out crops are larger or smaller than those of training.
+
+    A network that saw everything smaller or larger in training finds less (Touvron et al., *Fixing the train-test
     resolution discrepancy*, NeurIPS 2019).
     """
-    plain_epochs = cfg["dataset"]["train"]["plain_epochs"]
-    if plain_epochs:
-        log.info("no augmentation after epoch %d", cfg["optimizer"]["num_epochs"] - plain_epochs)
-        return cfg["optimizer"]["num_epochs"] - plain_epochs
-    if cfg["monitor_every"] and abs(recipe.test_scale - recipe.mean_scale) > SCALE_TOLERANCE:
+    if abs(recipe.test_scale - recipe.mean_scale) > SCALE_TOLERANCE:
         log.warning(
             "held-out crops are %.0f%% of a frame's side (crop_size / frame_size), training crops %.0f%% on average "
             "(min_area): held-out figures may come out too low; dataset.frame_size=%d would fit",
@@ -151,7 +159,6 @@ def _plain_from(cfg: dict, recipe: ClipRecipe) -> int | None:
             100 * recipe.mean_scale,
             round(recipe.crop_size / recipe.mean_scale),
         )
-    return None
 
 
 def build_held_out(

@@ -154,7 +154,10 @@ class ClipRecipe:
 
     @property
     def mean_scale(self) -> float:
-        """Side of a training crop, as a share of the frame's: the mean over the areas that are drawn."""
+        """Side of a training crop, as a share of the frame's: the mean over areas that are drawn uniformly.
+
+        Exact for square frames and boxes. Otherwise large boxes are drawn again if they do not fit: crops are smaller.
+        """
         if not self.augment or self.transforms != "msc+color":
             return self.test_scale
         low, high = self.area
