@@ -28,6 +28,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from datasets import MONITOR_VIDEOS, build_held_out, build_videos
 from datasets.preprocessing import BatchPrep
@@ -298,21 +299,26 @@ def print_table(rows: dict[str, dict[str, float]], labels: torch.Tensor) -> None
 
 
 def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
-    """Plot each run's loss, and all runs' R@10 in percent in one axis, over the epochs; `chance` is that of R@10."""
+    """Plot each run's loss, and all runs' R@10 in percent in one axis, over the epochs; `chance` is that of R@10.
+
+    A run has one colour; of its two directions of retrieval the second is dashed.
+    """
     *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1, squeeze=False)[0]
-    for cfg, name, loss_axis in zip(cfgs, run_names(cfgs), loss_axes, strict=True):
+    for number, (cfg, name, loss_axis) in enumerate(zip(cfgs, run_names(cfgs), loss_axes, strict=True)):
+        color = f"C{number % 10}"
         train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
         epoch_steps = steps_of_an_epoch(train)
-        loss_axis.plot([r["step"] / epoch_steps for r in train], [r.get("loss", math.nan) for r in train])
+        loss_axis.plot([r["step"] / epoch_steps for r in train], [r.get("loss", math.nan) for r in train], color=color)
         loss_axis.set(xlabel="epoch", ylabel="loss", title=f"Training loss, {name}")
         for direction, style in (("v2a", "-"), ("a2v", "--")):
             epochs, recall = ([row[key] for row in held_out] for key in ("epoch", f"{direction}_R@10"))
-            recall_axis.plot(epochs, recall, style, marker="o", label=f"{name}, {direction}")
+            recall_axis.plot(epochs, recall, style, color=color, marker="o", label=f"{name}, {direction}")
     recall_axis.axhline(chance, color="gray", linestyle=":", label="chance")
     recall_axis.set(xlabel="epoch", ylabel="R@10, percent", ylim=(0, None), title="Held-out cross-modal retrieval")
     recall_axis.legend(fontsize=8)
     for axis in (*loss_axes, recall_axis):
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def steps_of_an_epoch(train: list[dict]) -> float:
