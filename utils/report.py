@@ -305,7 +305,7 @@ def draw_curves(figure: plt.Figure, cfgs: list[dict], chance: float) -> None:
     """
     *loss_axes, recall_axis = figure.subplots(1, len(cfgs) + 1, squeeze=False)[0]
     for number, (cfg, name, loss_axis) in enumerate(zip(cfgs, run_names(cfgs), loss_axes, strict=True)):
-        color = f"C{number % 10}"
+        color = f"C{number}"
         train, held_out = (read_metrics(run_folder(cfg), group) for group in ("train", "retrieval"))
         epoch_steps = steps_of_an_epoch(train)
         loss_axis.plot([r["step"] / epoch_steps for r in train], [r.get("loss", math.nan) for r in train], color=color)

@@ -67,6 +67,24 @@ def test_curves_of_a_run(run, tmp_path, monkeypatch, capsys):
         report.main()
 
 
+def test_a_run_has_one_colour(run, tmp_path, monkeypatch):
+    cfg, write = run
+    drawn, plot = [], report.plt.Axes.plot
+
+    def record(axes, *arguments, **options):
+        lines = plot(axes, *arguments, **options)
+        drawn.append((lines[0].get_color(), lines[0].get_linestyle()))
+        return lines
+
+    monkeypatch.setattr(report.plt.Axes, "plot", record)
+    write(retrieval(0), {"group": "train", "step": 5, "epoch": 0, "loss": 3.0}, retrieval(1))
+    other = tiny.write_config(tmp_path, tmp_path / "videos", name="other")
+    shutil.copytree(tmp_path / "runs/tiny", tmp_path / "runs/other")
+    monkeypatch.setattr(sys, "argv", ["report", "curves", str(cfg), str(other), "--out", str(tmp_path / "curves.png")])
+    report.main()
+    assert drawn == [("C0", "-"), ("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "-"), ("C1", "--")]
+
+
 def test_a_run_without_sound_has_no_retrieval(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", "retrieval", str(tiny.REPO / "configs/VGGSound-VICReg-Video.yaml")])
     with pytest.raises(UserError, match="trains on video alone"):
