@@ -30,11 +30,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from utils.cli import at_least, run_script
 from utils.errors import UserError
 from utils.processes import cores, ctrl_c_for_the_parent, end_with_parent
+from utils.progress import progress_bar
 
 VERSION = 2  # incremented when the same seed no longer gives the same pixels and sound
 SIZE, FPS, SECONDS, SAMPLE_RATE = 128, 16, 3.5, 16000
@@ -418,7 +418,7 @@ def _make_clips(folder: Path, jobs: list[tuple[str, int]], seed: int, workers: i
     """Write the clips of `jobs`, (class, index) pairs. With at most one worker, this process writes them."""
     names, indices = zip(*jobs, strict=True)
     columns = (itertools.repeat(folder), names, indices, itertools.repeat(seed))
-    with tqdm(total=len(jobs), desc="demo data set", unit="clip", disable=not progress) as bar:
+    with progress_bar(total=len(jobs), desc="demo data set: ", unit="clip", disable=not progress) as bar:
         if workers <= 1:
             for job in zip(*columns, strict=False):
                 _make_clip(*job)

@@ -22,11 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.cli import at_least, run_script
 from utils.errors import UserError
 from utils.files import write_whole
+from utils.progress import progress_bar
 
 SECONDS = 10
 FATES = "download.csv"
@@ -110,7 +109,7 @@ def download_all(
                 file.flush()
 
         with ThreadPoolExecutor(workers) as pool:
-            for _ in tqdm(pool.map(fetch, todo), total=len(todo), unit="clip", disable=not todo):
+            for _ in progress_bar(pool.map(fetch, todo), total=len(todo), unit="clip", disable=not todo):
                 pass
     return Counter(fates.values())
 

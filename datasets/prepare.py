@@ -20,8 +20,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datasets import folder, vggsound
 from datasets.contact_sheet import draw_contact_sheet
 from datasets.manifest import FILE, append_rows, read_rows, size_and_time, write_rows
@@ -31,6 +29,7 @@ from utils.cli import at_least, run_script
 from utils.errors import UserError
 from utils.files import lock, write_whole
 from utils.processes import cores
+from utils.progress import progress_bar
 
 LISTS = {  # files of a data set other than its videos
     "vggsound": ("vggsound.csv",),
@@ -121,7 +120,7 @@ def write_shard(
         retract_manifest(report, todo)
     outcomes = without_leftovers(run_jobs(jobs, args.workers, args.time_limit), out)
     done = (row_of(name, labels[name], outcome, prints[name], out) for name, outcome in outcomes)
-    for _ in tqdm(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
+    for _ in progress_bar(append_rows(part, done), total=len(jobs), unit="video", disable=not jobs):
         pass
     merged = merge_parts(report, prints, out, part if shard[1] == 1 else None)
     if out is not None:
