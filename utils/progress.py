@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-LOG_SECONDS = 60.0
+LOG_SECONDS = 60.0  # between two lines in a log
 
 
 def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:
